@@ -1,0 +1,45 @@
+"""The one contract of the library: a token mixer.
+
+    y, state = mixer(x, state, reset=reset)        for any T >= 1
+
+x, y   [B, T, D]
+state  a NamedTuple of arrays, batch first, float32 (or int, bool), whose shapes never depend on T:
+       all that the mixer remembers of the current document
+reset  [B, T] bool, true where a new document starts; what came before is forgotten there
+
+The law: pieces equal the whole. Fed at once, cut anywhere, or token by token, the same y and the
+same state come out. That one law is training, chunked prefill, constant-memory decoding and saved
+sessions; `seqlab.check` holds every mixer to it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+State = Any
+
+
+class Mixer(nnx.Module):
+    """Authors write `init_state` and `mix`; callers call the mixer."""
+
+    #: Longest document this mixer can hold in its state; None is no limit.
+    max_length: int | None = None
+
+    def __call__(
+        self, x: jax.Array, state: State = None, *, reset: jax.Array | None = None
+    ) -> tuple[jax.Array, State]:
+        if state is None:
+            state = self.init_state(x.shape[0])
+        if reset is None:
+            reset = jnp.zeros(x.shape[:2], bool)
+        return self.mix(x, state, reset)
+
+    def init_state(self, batch: int) -> State:
+        """The empty state for `batch` rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_state(batch)")
+
+    def mix(self, x: jax.Array, state: State, reset: jax.Array) -> tuple[jax.Array, State]:
+        """x [B, T, D], state, reset [B, T] -> y [B, T, D] in the dtype of x, state as it came."""
+        raise NotImplementedError(f"{type(self).__name__} must define mix(x, state, reset)")
