@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
-from seqlab.layers import ffn
-from seqlab.layers.mixer import State
+from seqlab.layers import ffn as channel_mixer
 from seqlab.layers.linear import Linear
+from seqlab.layers.mixer import State
 from seqlab.layers.norm import RMSNorm
 from seqlab.layers.registry import MixerConfig
 from seqlab.parallel.mesh import DATA, SEQ, constrain
 
-#: What the backward pass keeps of each period of the pattern: all, the products, or its input only.
-Remat = Literal["none", "products", "all"]
+#: What a period of the pattern recomputes in the backward pass: nothing, all but products, all.
+Remat = Literal["none", "cheap", "all"]
 _POLICIES = {
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "cheap": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "all": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -34,7 +34,7 @@ class Config:
     d_model: int
     pattern: tuple[MixerConfig, ...]
     repeats: int = 1
-    ffn: ffn.Config | None = ffn.Config()
+    ffn: channel_mixer.Config | None = channel_mixer.Config()
     tie_embeddings: bool = True
     remat: Remat = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
