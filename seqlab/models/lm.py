@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
+from seqlab.errors import ConfigError
 from seqlab.layers import ffn as channel_mixer
 from seqlab.layers.linear import Linear
 from seqlab.layers.mixer import State
@@ -42,9 +43,9 @@ class Config:
     def __post_init__(self):
         for name in ("vocab", "d_model", "repeats"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}.")
         if not self.pattern:
-            raise ValueError("model.pattern must hold at least one mixer config")
+            raise ConfigError("model.pattern must hold at least one mixer config.")
 
     def build(self, *, rngs: nnx.Rngs) -> "LM":
         return LM(self, rngs=rngs)
@@ -56,9 +57,8 @@ class Block(nnx.Module):
     def __init__(self, config: Config, mixer, *, rngs: nnx.Rngs):
         d = config.d_model
         self.mixer_norm, self.mixer = RMSNorm(d), mixer.build(d, rngs=rngs)
-        self.ffn_norm = self.ffn = None
-        if config.ffn is not None:
-            self.ffn_norm, self.ffn = RMSNorm(d), config.ffn.build(d, rngs=rngs)
+        self.ffn_norm = RMSNorm(d) if config.ffn else None
+        self.ffn = config.ffn.build(d, rngs=rngs) if config.ffn else None
 
     def __call__(self, x, state, reset):
         y, state = self.mixer(self.mixer_norm(x), state, reset=reset)

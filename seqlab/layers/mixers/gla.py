@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
+from seqlab.errors import ConfigError
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.precision import widen
 from seqlab.layers.conv import ShortConv
@@ -32,8 +33,8 @@ class Config:
         for name in ("expand_k", "expand_v"):
             width = int(d_model * getattr(self, name))
             if width < 1 or width % self.heads:
-                raise ValueError(
-                    f"gla: {name} * d_model = {width} does not divide into {self.heads} heads"
+                raise ConfigError(
+                    f"gla: {name} * d_model = {width} does not divide into {self.heads} heads."
                 )
         return GLA(self, d_model, rngs=rngs)
 

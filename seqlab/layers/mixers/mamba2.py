@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
+from seqlab.errors import ConfigError
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.precision import widen
 from seqlab.layers.conv import ShortConv
@@ -18,7 +19,7 @@ from seqlab.layers.norm import RMSNorm
 
 @dataclass(frozen=True)
 class Config:
-    """`expand` * d_model channels in heads of `head_dim`; B and C are shared by `groups` of heads."""
+    """`expand` * d_model channels in heads of `head_dim`; B and C are shared within `groups`."""
 
     head_dim: int = 16
     d_state: int = 16
@@ -34,12 +35,12 @@ class Config:
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Mamba2":
         inner = int(self.expand * d_model)
         if inner % self.head_dim:
-            raise ValueError(
-                f"mamba2: expand * d_model = {inner} does not divide by head_dim = {self.head_dim}"
+            raise ConfigError(
+                f"mamba2: expand * d_model = {inner} does not divide by head_dim = {self.head_dim}."
             )
         if inner // self.head_dim % self.groups:
-            raise ValueError(
-                f"mamba2: {inner // self.head_dim} heads do not divide into {self.groups} groups"
+            raise ConfigError(
+                f"mamba2: {inner // self.head_dim} heads do not divide into {self.groups} groups."
             )
         return Mamba2(self, d_model, rngs=rngs)
 
