@@ -12,6 +12,7 @@ import numpy as np
 from seqlab.errors import DataError, ModelError
 
 LARGEST_FILE = 50 * 2**20  # bytes of a tokenizer.json; the largest public ones are near 35 MB
+MARK = 256  # of bytes
 LONGEST_PENDING = 8  # ids; a UTF-8 character is at most 4 bytes, hence at most 4 ids
 END_MARKS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>")
 START_MARKS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<BOS>")
@@ -73,8 +74,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
 class ByteTokenizer:
     """The 256 bytes of UTF-8, and id 256: the mark at both ends of every document."""
 
-    vocab = 257
-    stop = 256
+    vocab: int = 257
+    stop: int | None = MARK
     fingerprint = hashlib.sha256(b"utf-8 bytes; 256 marks both ends of a document").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -82,13 +83,13 @@ class ByteTokenizer:
 
     def document(self, text: str) -> np.ndarray:
         text_bytes = np.frombuffer(_utf8(text), np.uint8)
-        return np.pad(text_bytes.astype(np.int32), 1, constant_values=self.stop)
+        return np.pad(text_bytes.astype(np.int32), 1, constant_values=MARK)
 
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.document(text) for text in texts]
 
     def prompt(self, text: str) -> list[int]:
-        return [self.stop, *self.encode(text)]
+        return [MARK, *self.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return _bytes(ids).decode(errors="replace")

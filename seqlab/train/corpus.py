@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqlab.errors import DataError
+from seqlab.errors import ConfigError, DataError
 from seqlab.models.tokenizer import Tokenizer
 from seqlab.train.shards import Digest, Reader, token_dtype
 from seqlab.train.sources import Documents, Source, Tokens
 
 Span = tuple[int, int]
+Row = tuple[int, int]  # (source, window of its corpus); source -1 is padding
 
 
 class Batch(NamedTuple):
@@ -71,6 +72,27 @@ def open_corpus(source: Source, tokenizer: Tokenizer) -> Corpus:
     if corpus.targets < 1:
         raise DataError(f"Source {source.name!r} holds no token to predict: give longer text.")
     return corpus
+
+
+def gather(corpora: list[Corpus], rows: list[Row], length: int) -> Batch:
+    """Rows of several corpora, in the order given."""
+    batch = Batch(*np.zeros((2, len(rows), length + 1), np.int32))
+    for source, corpus in enumerate(corpora):
+        where = [i for i, (s, _) in enumerate(rows) if s == source]
+        if where:
+            part = corpus.batch([rows[i][1] for i in where], length)
+            batch.tokens[where], batch.segment_ids[where] = part
+    return batch
+
+
+def process_block(batch: int, index: int, count: int) -> slice:
+    """The rows of a batch that process `index` of `count` reads; ConfigError if uneven."""
+    if batch % count or not 0 <= index < count:
+        raise ConfigError(
+            f"A batch of {batch} rows cannot be split over {count} processes (this is number "
+            f"{index}): make data.batch a multiple of {count}."
+        )
+    return slice(index * batch // count, (index + 1) * batch // count)
 
 
 def _from_shards(source: Tokens, tokenizer: Tokenizer) -> Corpus:

@@ -8,7 +8,6 @@ memory); its iterators are not used, because their saved state is a blob per hos
 import collections
 import concurrent.futures
 import functools
-import math
 from collections.abc import Iterator, Mapping
 
 import grain
@@ -16,13 +15,12 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from seqlab.errors import ConfigError, DataError, ModelError, nearest
-from seqlab.models.tokenizer import Tokenizer, load_tokenizer
-from seqlab.train.corpus import Batch, Corpus, open_corpus
-from seqlab.train.sources import Documents, Source, Tokens
+from seqlab.errors import DataError, ModelError, nearest
+from seqlab.models.tokenizer import Tokenizer
+from seqlab.train.corpus import Batch, Corpus, Row, gather, open_corpus, process_block
+from seqlab.train.sources import Source
 
 Position = dict[str, int]
-Row = tuple[int, int]  # source, row of that source
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,9 @@ class Loader:
         prefetch: int = 2,
     ):
         self.data, self._tokenizer = data, tokenizer
-        self._block = _block(data.batch, process_index, process_count)
-        self._corpora = [open_corpus(source, tokenizer) for source in data.train]
+        self._block = process_block(data.batch, process_index, process_count)
+        sources = sorted(data.train, key=lambda source: source.name)  # their order is no matter
+        self._corpora = [open_corpus(source, tokenizer) for source in sources]
         self.tokens = sum(c.tokens for c in self._corpora)
         _check_size(self.tokens, data)
         self.fingerprint = _fingerprint(data, tokenizer, self._corpora)
@@ -114,10 +113,11 @@ class Loader:
     def __next__(self) -> Batch:
         while len(self._queue) <= self._prefetch:
             rows = self._draw()[self._block]
-            future = self._pool.submit(_gather, self._corpora, rows, self.data.length)
+            future = self._pool.submit(gather, self._corpora, rows, self.data.length)
             self._queue.append((future, dict(self._ahead)))
-        future, position = self._queue.popleft()
-        batch = future.result()
+        future, position = self._queue[0]
+        batch = future.result()  # an interrupt while waiting loses nothing
+        self._queue.popleft()
         self.position = position
         return batch
 
@@ -147,45 +147,6 @@ class Loader:
         return rows
 
 
-class HeldOut:
-    """The same batches every time, in order; the last one is filled up with padding rows.
-
-    bytes_per_token: bytes of text per predicted token, for bits per byte. notes: as a `Loader`'s.
-    """
-
-    def __init__(self, corpora: list[Corpus], rows: list[Row], data: Data, block: slice):
-        self._corpora, self._rows, self._data, self._block = corpora, rows, data, block
-        targets = sum(c.targets for c in corpora)
-        self.bytes_per_token = sum(c.bytes for c in corpora) / targets if targets else math.nan
-        self.notes = tuple(note for c in corpora for note in c.notes)
-
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._data.batch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for i in range(len(self)):
-            rows = self._rows[i * self._data.batch : (i + 1) * self._data.batch]
-            rows = [*rows, *[(-1, 0)] * (self._data.batch - len(rows))]
-            yield _gather(self._corpora, rows[self._block], self._data.length)
-
-
-def held_out_batches(
-    data: Data, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
-) -> HeldOut:
-    """This process's rows of `data.held_out`; without sources there are no batches."""
-    block = _block(data.batch, process_index, process_count)
-    corpora = [open_corpus(source, tokenizer) for source in data.held_out]
-    rows = [(s, row) for s, c in enumerate(corpora) for row in range(c.rows(data.length))]
-    kept = min(data.held_out_rows or len(rows), len(rows))
-    return HeldOut(corpora, [rows[i * len(rows) // kept] for i in range(kept)], data, block)
-
-
-def held_out_text(data: Data) -> bytes:
-    """All held-out text in UTF-8, to see what a plain compressor makes of it."""
-    tokenizer = load_tokenizer(data.tokenizer)
-    return b"".join(t.encode() for source in data.held_out for t in _texts(source, tokenizer))
-
-
 @functools.lru_cache(maxsize=1024)
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
@@ -196,36 +157,6 @@ def shuffled(n: int, rows: int, seed: int) -> int:
     epoch, i = divmod(n, rows)
     shuffle = grain.experimental.index_shuffle
     return shuffle(i, max_index=rows - 1, seed=_epoch_seed(seed, epoch), rounds=4)
-
-
-def _gather(corpora: list[Corpus], rows: list[Row], length: int) -> Batch:
-    """Read rows, source by source, into the order given; source -1 is padding."""
-    batch = Batch(*np.zeros((2, len(rows), length + 1), np.int32))
-    for source, corpus in enumerate(corpora):
-        where = [i for i, (s, _) in enumerate(rows) if s == source]
-        if where:
-            part = corpus.batch([rows[i][1] for i in where], length)
-            batch.tokens[where], batch.segment_ids[where] = part
-    return batch
-
-
-def _texts(source: Source, tokenizer: Tokenizer) -> Iterator[str]:
-    if not isinstance(source, Tokens):
-        yield from Documents(source)
-        return
-    corpus = open_corpus(source, tokenizer)
-    ends = [*corpus.starts[1:].tolist(), corpus.tokens]
-    for span in zip(corpus.starts.tolist(), ends, strict=True):
-        yield tokenizer.decode(corpus.read([span])[0])
-
-
-def _block(batch: int, index: int, count: int) -> slice:
-    if batch % count or not 0 <= index < count:
-        raise ConfigError(
-            f"A batch of {batch} rows cannot be split over {count} processes (this is number "
-            f"{index}): make data.batch a multiple of {count}."
-        )
-    return slice(index * batch // count, (index + 1) * batch // count)
 
 
 def _shares(corpora: list[Corpus]) -> np.ndarray:
@@ -264,7 +195,10 @@ def _position(names: list[str], start: Mapping[str, int] | None) -> Position:
         if name not in start:
             raise DataError(f"The checkpoint has no position for source {name!r}: start a new run.")
         if name not in names:
-            raise DataError(f"The checkpoint's source {name!r} is gone: {nearest(name, names)}")
+            raise DataError(
+                f"The checkpoint has a position for source {name!r}, which data.train lacks: "
+                + nearest(name, names)
+            )
         if type(start[name]) is not int or start[name] < 0:
             raise DataError(
                 f"The checkpoint's position of source {name!r} is {start[name]!r} and not a count "
