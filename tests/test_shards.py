@@ -59,6 +59,7 @@ def test_many_blocks_are_written_as_one(folder, monkeypatch):
     monkeypatch.setattr("seqlab.train.shards.SHARD", 128)
     monkeypatch.setattr("seqlab.train.shards.CHUNK", 32)
     monkeypatch.setattr("seqlab.train.sources.TOGETHER", 50)
+    (folder / "a" / "zeros.txt").write_text("\0" * 300)  # whole chunks of the fill value
     tokenize([f"{folder}/a/*.txt"], f"{folder}/small")
     small = open_corpus(Tokens(f"{folder}/small"), BYTES)
     whole = open_corpus(text(folder), BYTES)
@@ -94,6 +95,20 @@ def _flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 4
     path.write_bytes(content)
+
+
+def test_no_flipped_bit_changes_a_token(folder, shards):
+    path = folder / "shards" / "tokens" / "c" / "0"
+    whole = open_corpus(Tokens(shards[0]), BYTES)
+    span = [(0, whole.tokens)]
+    expected, content = whole.read(span)[0], path.read_bytes()
+    for i in range(0, 400, 3):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
+        try:
+            read = open_corpus(Tokens(shards[0]), BYTES).read(span)[0]
+        except DataError:
+            continue
+        np.testing.assert_array_equal(read, expected)
 
 
 @pytest.mark.parametrize("array", ["tokens", "starts"])

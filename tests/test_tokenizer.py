@@ -112,6 +112,20 @@ def test_a_tokenizer_without_marks_adds_none(tmp_path):
     assert tokenizer.document("a b").tolist() == tokenizer.prompt("a b") == [0, 7]
 
 
+def test_a_stream_keeps_the_spaces_that_only_neighbours_show(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"?": 0, "▁the": 1, "▁cat": 2}, unk_token="?"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.add_special_tokens(["</s>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    stream = tokenizer.stream()
+    ids = [*tokenizer.prompt("the cat the"), tokenizer.stop, *tokenizer.encode("cat")]
+    pieces = [stream.push([i]) for i in ids]
+    assert "".join(pieces) == tokenizer.decode(ids) == "the cat the cat"
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"model": 3}', b"\xff", b"[" * 100_000, b'{"version":"1.0"}']
 )
