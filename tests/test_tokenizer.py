@@ -161,3 +161,5 @@ def test_a_missing_package_names_the_extra(folder, monkeypatch):
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(DataError, match="UTF-16 pair"):
         tokenizer.document("a\ud83c")
+    with pytest.raises(DataError, match="UTF-16 pair"):
+        tokenizer.prompt("a\ud83c")
