@@ -58,7 +58,7 @@ class Loader:
     process_index, process_count: this process gets the index-th block of each batch's rows.
 
     position: after the batch that came last, {source name: rows taken by all processes}.
-    fingerprint: what the position counts on: tokenizer, length, seed and each source's content.
+    fingerprint: what a position relies on: tokenizer, length, seed, each source's text and weight.
     bytes_per_token: bytes of text per predicted token, averaged over the mixture.
     notes: sentences for the user, such as files skipped.
 
