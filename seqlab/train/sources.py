@@ -17,6 +17,8 @@ from pydantic.dataclasses import dataclass
 from seqlab.errors import DataError, nearest
 
 STDLIB = "python:stdlib"
+#: Not of the library proper: what was installed into it, and its test suites, which some systems lack.
+_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 TOGETHER = 2**20  # characters that a tokenizer gets at once, to work on in parallel
 Part = Literal["train", "held_out", "all"]
 
@@ -25,7 +27,8 @@ Part = Literal["train", "held_out", "all"]
 class Text:
     """UTF-8 files, a document each, named by path or by pattern (`**` goes into folders).
 
-    files: paths and patterns, or "python:stdlib": the source files of Python's standard library.
+    files: paths and patterns, or "python:stdlib": the source files of Python's standard library,
+        its tests left out.
     part: "held_out" is the share `held_out` of the files, chosen by sha256 of each name relative
         to the fixed part of its pattern; "train" is the rest; "all" is both.
     weight: share of the rows, relative to the weights of the other sources.
@@ -196,8 +199,10 @@ def _listed(patterns: tuple[str, ...]) -> Iterator[tuple[str, pathlib.Path, str]
 def _matches(pattern: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     """The folder that a pattern's names are relative to, and the files that it names."""
     if pattern == STDLIB:
-        root, foreign = pathlib.Path(sysconfig.get_paths()["stdlib"]), {"site-packages"}
-        return root, [p for p in root.rglob("*.py") if not foreign & set(p.parts)]
+        root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+        return root, [
+            p for p in root.rglob("*.py") if not _FOREIGN & set(p.relative_to(root).parts)
+        ]
     if pattern.startswith("python:"):
         raise DataError(f"There is no text set {pattern!r}: {nearest(pattern, [STDLIB])}")
     path = pathlib.Path(pattern).expanduser()
