@@ -1,5 +1,4 @@
-"""A mixer small enough to compile at once and exact enough to compare bits: y and state are the same
-whatever the cut, since it only ever steps. With `max_length` it counts, as an attention does."""
+"""A mixer that compiles at once and whose bits do not depend on the cut: it only ever steps."""
 
 from typing import NamedTuple
 

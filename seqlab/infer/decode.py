@@ -1,7 +1,7 @@
 """The compiled programs of generation: read a chunk, read ragged ends, decode a block of steps.
 
-Pure functions over flat parameters. Their shapes depend on the batch, the chunk and the block alone,
-so a prompt of any length and a generation of any length run the same few programs in the same memory.
+Pure functions over flat parameters. Their shapes depend on the batch, the chunk and the block
+alone, so a prompt and a generation of any length run the same few programs in the same memory.
 """
 
 import functools
@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import PyTreeDef
 
 from seqlab.infer.sample import draw
 from seqlab.models.parameters import bind
+
+Structure = Any  # jax.tree.structure(model): what a program is compiled for, beside shapes
 
 RUNNING, STOPPED, NOT_FINITE = 0, 1, 2  # why a row of a batch takes no further step
 
@@ -30,11 +31,14 @@ class Steps(NamedTuple):
 
     tokens: jax.Array  # [B, block] int32; a row's first `counts` are its own, the rest zero
     counts: jax.Array  # [B] int32
-    finish: jax.Array  # [B] int32: RUNNING, STOPPED or NOT_FINITE
+    finish: jax.Array  # [B] int32: Structure = Any  # jax.tree.structure(model): what a program is compiled for, beside shapes
+
+
+RUNNING, STOPPED or NOT_FINITE
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read_chunk(structure: PyTreeDef, params, carry: Carry, tokens, reset) -> Carry:
+def read_chunk(structure: Structure, params, carry: Carry, tokens, reset) -> Carry:
     """Prefill: tokens [B, T] int32, reset [B, T] bool -> the carry after them.
 
     Logits are computed for the last position alone.
@@ -45,7 +49,7 @@ def read_chunk(structure: PyTreeDef, params, carry: Carry, tokens, reset) -> Car
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read_steps(structure: PyTreeDef, params, carry: Carry, tokens, counts) -> Carry:
+def read_steps(structure: Structure, params, carry: Carry, tokens, counts) -> Carry:
     """Prefill of ragged ends: row b reads the first counts[b] of tokens [B, T], one at a time."""
     model = _model(structure, params)
     step = lambda i, carry: _advance(model, carry, tokens[:, i], i < counts)
@@ -56,7 +60,7 @@ def read_steps(structure: PyTreeDef, params, carry: Carry, tokens, counts) -> Ca
     jax.jit, static_argnames=("structure", "top_k", "block"), donate_argnames="carry"
 )
 def decode(
-    structure: PyTreeDef,
+    structure: Structure,
     params,
     carry: Carry,
     finish,
@@ -72,8 +76,8 @@ def decode(
     """Up to limits[b] <= block tokens for each row b, fewer where the row ends.
 
     finish, limits, positions [B] int32; keys [B]; stop [S] int32, the tokens that end a row;
-    numbers and top_k as in `sample.draw`. A row's state is frozen at the last token it produced,
-    which a stop token is. The token at position p is drawn with fold_in(key, p), p counted from the
+    numbers and top_k as in `sample.draw`. A row's state is frozen at the last token it produced (a
+    stop token counts). The token at position p is drawn with fold_in(key, p), p counted from the
     start of the row, so where blocks begin and end cannot be seen in the tokens.
     """
     model = _model(structure, params)
@@ -102,7 +106,7 @@ def decode(
     return carry, steps
 
 
-def _model(structure: PyTreeDef, params):
+def _model(structure: Structure, params) -> Any:
     return bind(structure.unflatten(range(structure.num_leaves)), params)
 
 

@@ -36,13 +36,13 @@ def generate(
     stop     token ids that end a row. A row that ends early is filled up with the first of them.
     stream   called with each `Block` of tokens as it comes
 
-    The filters are those of `Sampling`; temperature 0 is greedy. Memory depends on neither the length
-    of the prompt, which is read `chunk_size` tokens at a time, nor on `steps`. For lengths, reasons
-    of ending, the state and what comes after, use a `Session`.
+    The filters are those of `Sampling`; temperature 0 is greedy. Memory depends neither on the
+    length of the prompt, which is read `chunk_size` tokens at a time, nor on `steps`. For lengths,
+    reasons of ending, the state and what comes after, use a `Session`.
 
-    Raises DataError for an empty prompt or an id outside the vocabulary, ConfigError for settings out
-    of range, ModelError for a state of another model, for more tokens than the model's `max_length`,
-    and for logits that are not finite.
+    Raises DataError for an empty prompt or an id outside the vocabulary, ConfigError for settings
+    out of range, ModelError for a state of another model, for more tokens than the model's
+    `max_length`, and for logits that are not finite.
     """
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampling = settings.read(Sampling, choices, where="generate")

@@ -23,9 +23,10 @@ def is_batch(prompt: Any) -> bool:
 
 
 def rows_of(prompt: Any, vocab: int) -> list[np.ndarray]:
-    """The rows of a prompt: ids [T] or [B, T], or a list of rows of any lengths -> [T_b] int32 each.
+    """Ids [T] or [B, T], or a list of rows of any lengths -> the rows, [T_b] int32 each.
 
-    Raises DataError for an empty row, for what is no token id, and for an id outside the vocabulary.
+    Raises DataError for an empty row, for what is no token id, and for an id outside the
+    vocabulary.
     """
     batch = list(prompt) if is_batch(prompt) else [prompt]
     return [checked(row, vocab, f"Row {b} of the prompt") for b, row in enumerate(batch)]

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: the likeliest, or one drawn among those the filters leave."""
+"""Choosing the next token: the likeliest, or one drawn among those that the filters leave."""
 
 import math
 
@@ -15,7 +15,7 @@ class Sampling:
     The filters apply in the order of the fields, each on what the one before left:
     top_k keeps the k likeliest tokens; top_p (nucleus sampling, Holtzman et al., 2020) the fewest
     likeliest whose probabilities reach p; min_p (Nguyen et al., 2024) those at least p times as
-    probable as the likeliest. Tokens that tie with the last one kept are kept too. None is no filter.
+    probable as the likeliest. None is no filter. Tokens that tie with the last one kept stay.
     """
 
     temperature: float = 0.0
@@ -47,6 +47,9 @@ class Sampling:
         if self.min_p:
             on["min_p"] = self.min_p
         return on
+
+
+GREEDY = Sampling()
 
 
 def row_keys(seed: int, rows: int) -> jax.Array:

@@ -1,17 +1,17 @@
-"""A session: a model, the state it is in, and nothing else; feed it, generate, fork, save, resume."""
+"""A session is a model and the state it is in: feed it, generate, fork it, save it, resume it."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from seqlab.errors import ConfigError, DataError, ModelError
-from seqlab.infer import decode, prompt, state_file
+from seqlab.infer import decode, prefill, prompt, state_file
 from seqlab.infer.decode import Carry
-from seqlab.infer.sample import Sampling, row_keys
+from seqlab.infer.sample import GREEDY, Sampling, row_keys
 from seqlab.layers.mixer import State
 from seqlab.models.parameters import parameters
 
@@ -107,7 +107,7 @@ class Session:
     def generate(
         self,
         steps: int | Sequence[int],
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         *,
         seed: int = 0,
         stop: int | Sequence[int] | None = None,
@@ -126,14 +126,16 @@ class Session:
         if not 0 <= seed < 2**32:
             raise ConfigError(f"seed must be between 0 and 2**32 - 1, not {seed}.")
         ends = np.atleast_1d(np.asarray([] if stop is None else stop, np.int32))
-        prompt.checked(ends, carry.logits.shape[1], "stop") if ends.size else None
-        self._require_room(left, "The text so far and the steps to come")
+        if ends.size:
+            prompt.checked(ends, carry.logits.shape[1], "stop")
+        left = np.where(self._finish, 0, left)
+        self._require_room(self.position + left, "The text so far and the steps to come")
         return self._blocks(left, sampling, row_keys(seed, self.batch), ends)
 
     def complete(
         self,
         steps: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         *,
         seed: int = 0,
         stop: int | Sequence[int] | None = None,
@@ -181,8 +183,8 @@ class Session:
         Raises ModelError where the file is missing, damaged, no session, or of another model.
         """
         session = cls(model, chunk_size=chunk_size, block=block)
-        carry, session.position, session._finish = state_file.read(path, model)
-        session._carry, session._has_logits = jax.tree.map(jnp.asarray, carry), True
+        session._carry, session.position, session._finish = state_file.read(path, model)
+        session._has_logits = True
         return session
 
     def _begin(self, state: State, position: int | Sequence[int]) -> None:
@@ -197,9 +199,8 @@ class Session:
             raise ModelError("The session has read nothing yet: feed it a prompt first.")
         return self._carry
 
-    def _require_room(self, more: np.ndarray, what: str) -> None:
-        limit = self.model.max_length
-        longest = int((self.position + np.where(self._finish, 0, more)).max())
+    def _require_room(self, lengths: np.ndarray, what: str) -> None:
+        limit, longest = self.model.max_length, int(lengths.max())
         if limit is not None and longest > limit:
             raise ModelError(
                 f"{what} make {longest} tokens but the model's max_length is {limit}: shorten "
@@ -207,68 +208,31 @@ class Session:
             )
 
     def _read(self, rows: list[np.ndarray]) -> None:
-        fresh = self._carry is None
-        if fresh:
-            self._begin(self.model.init_state(len(rows)), 0)
-        if len(rows) == 1:
-            rows = rows * self.batch
-        if len(rows) != self.batch:
+        rows = rows * self.batch if len(rows) == 1 and self.batch else rows
+        if self.batch and len(rows) != self.batch:
             raise DataError(
                 f"The prompt has {len(rows)} rows but the session holds {self.batch}: "
                 "give one row for all, or one for each."
             )
-        lengths = np.array([row.size for row in rows], np.int32)
-        self._finish[:] = decode.RUNNING
-        try:
-            self._require_room(lengths, "The prompt and what came before it")
-        except ModelError:
-            self._carry = None if fresh else self._carry
-            raise
-        self._read_padded(rows, lengths) if fresh else self._read_on(rows, lengths)
-        self.position = self.position + lengths
-        self._has_logits = True
-
-    def _read_padded(self, rows: list[np.ndarray], lengths: np.ndarray) -> None:
-        """From the empty state: padding on the left, which the reset at the first token forgets.
-
-        Each token of padding is a document of its own, so that it takes no room in a state.
-        """
-        longest = int(lengths.max())
-        size = min(self.chunk_size, max(16, 1 << (longest - 1).bit_length()))
-        width = -(-longest // size) * size
-        tokens = np.stack([np.pad(row, (width - row.size, 0)) for row in rows])
-        reset = np.arange(width) <= (width - lengths)[:, None]
-        for at in range(0, width, size):
-            self._chunk(tokens[:, at : at + size], reset[:, at : at + size])
-
-    def _read_on(self, rows: list[np.ndarray], lengths: np.ndarray) -> None:
-        """From any state: what the rows have in common in chunks, their ragged ends in steps."""
-        at, common = 0, int(lengths.min())
-        for size in (self.chunk_size, max(1, self.chunk_size // 8)):
-            while common - at >= size:
-                tokens = np.stack([row[at : at + size] for row in rows])
-                self._chunk(tokens, np.zeros(tokens.shape, bool))
-                at += size
-        for start in range(at, int(lengths.max()), self.block):
-            ends = [row[start : start + self.block] for row in rows]
-            counts = np.array([end.size for end in ends], np.int32)
-            tokens = np.stack([np.pad(end, (0, self.block - end.size)) for end in ends])
-            self._carry = decode.read_steps(
-                self._structure, self._params, self._carry, tokens, counts
-            )
-
-    def _chunk(self, tokens: np.ndarray, reset: np.ndarray) -> None:
-        carry = decode.read_chunk(self._structure, self._params, self._carry, tokens, reset)
-        self._carry = carry
-        carry.logits.block_until_ready()  # a queue of chunks would hold a long prompt in memory
+        fresh = self.batch == 0
+        position = np.zeros(len(rows), np.int32) if fresh else self.position
+        position = position + np.array([row.size for row in rows], np.int32)
+        self._require_room(position, "The prompt and what came before it")
+        if fresh:
+            self._begin(self.model.init_state(len(rows)), 0)
+        # Reading consumes the carry: a session whose feed is interrupted has nothing to go on from.
+        carry, self._carry, self._has_logits = cast(Carry, self._carry), None, False
+        program = (self._structure, self._params, carry, rows, self.chunk_size)
+        carry = prefill.from_empty(*program) if fresh else prefill.from_state(*program, self.block)
+        self._carry, self._has_logits, self.position = carry, True, position
+        self._finish = np.zeros(self.batch, np.int32)
 
     def _blocks(self, left, sampling: Sampling, keys, ends: np.ndarray) -> Iterator[Block]:
-        left = np.where(self._finish, 0, left)
         while left.any():
             self._carry, steps = decode.decode(
                 self._structure,
                 self._params,
-                self._carry,
+                self._started(),
                 self._finish,
                 np.minimum(left, self.block),
                 self.position,

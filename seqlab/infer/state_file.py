@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -45,7 +46,7 @@ def write(path: Any, model: Any, carry: Carry, position: np.ndarray, finish: np.
 
 
 def read(path: Any, model: Any) -> tuple[Carry, np.ndarray, np.ndarray]:
-    """-> carry, position [B], finish [B] as `write` was given them; raises ModelError if damaged."""
+    """-> carry, position [B], finish [B] as `write` got them; raises ModelError if damaged."""
     path = pathlib.Path(path)
     about, tensors = _read(path)
     if about.get("format") != FORMAT:
@@ -65,11 +66,12 @@ def read(path: Any, model: Any) -> tuple[Carry, np.ndarray, np.ndarray]:
     wrong = mismatch(model, state, len(tensors["position"]))
     if wrong:
         raise _damaged(path, wrong)
-    return Carry(state, tensors["logits"]), tensors["position"], tensors["finish"]
+    carry = Carry(jax.tree.map(jnp.asarray, state), jnp.asarray(tensors["logits"]))
+    return carry, tensors["position"], tensors["finish"]
 
 
 def mismatch(model: Any, state: State, batch: int) -> str | None:
-    """How a state differs from the model's for so many rows, in a few words; None if it does not."""
+    """How a state differs from the model's for so many rows, in a few words; None if it fits."""
     expected = jax.eval_shape(lambda: model.init_state(batch))
     if jax.tree.structure(state) != jax.tree.structure(expected):
         return "it has other parts"
