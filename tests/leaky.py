@@ -49,10 +49,12 @@ class Leaky(Mixer):
         return y.swapaxes(0, 1).astype(x.dtype), state
 
 
-def tiny(seed: int = 0, max_length: int | None = None, d_model: int = 16) -> lm.LM:
+def tiny(
+    seed: int = 0, max_length: int | None = None, d_model: int = 16, vocab: int = VOCAB
+) -> lm.LM:
     """A model whose next token depends on all that it has read."""
     pattern = (Config(), Config(max_length))
     config = lm.Config(
-        vocab=VOCAB, d_model=d_model, pattern=pattern, repeats=2, ffn=None, tie_embeddings=False
+        vocab=vocab, d_model=d_model, pattern=pattern, repeats=2, ffn=None, tie_embeddings=False
     )
     return config.build(rngs=nnx.Rngs(seed))

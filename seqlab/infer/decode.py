@@ -31,10 +31,7 @@ class Steps(NamedTuple):
 
     tokens: jax.Array  # [B, block] int32; a row's first `counts` are its own, the rest zero
     counts: jax.Array  # [B] int32
-    finish: jax.Array  # [B] int32: Structure = Any  # jax.tree.structure(model): what a program is compiled for, beside shapes
-
-
-RUNNING, STOPPED or NOT_FINITE
+    finish: jax.Array  # [B] int32: RUNNING, STOPPED or NOT_FINITE
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

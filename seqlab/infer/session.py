@@ -106,7 +106,7 @@ class Session:
 
     def generate(
         self,
-        steps: int | Sequence[int],
+        steps: int | Sequence[int] | np.ndarray,
         sampling: Sampling = GREEDY,
         *,
         seed: int = 0,
