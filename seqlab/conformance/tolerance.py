@@ -43,9 +43,9 @@ def allowed(dtype, table: dict[str, float] = FORWARD) -> float:
 
 def assert_close(actual, expected, table: dict[str, float] = FORWARD) -> None:
     """Every leaf of `actual` within the table's tolerance for its dtype."""
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-    )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
     for (path, a), e in pairs:
         wrong, limit = error(a, e), allowed(a.dtype, table)
-        assert wrong <= limit, f"{jax.tree_util.keystr(path)}: error {wrong:.1e}, allowed {limit:.0e}"
+        assert wrong <= limit, (
+            f"{jax.tree_util.keystr(path)}: error {wrong:.1e}, allowed {limit:.0e}"
+        )

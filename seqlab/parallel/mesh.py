@@ -57,6 +57,16 @@ def current_strategy() -> str:
     return _strategy.get()
 
 
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tell XLA how an activation lies on the ambient mesh; outside a mesh, and where an axis does
+    not divide its dimension, nothing is asked."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return x
+    fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, P(*fits))
+
+
 def weight_sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh):
     """Where a weight with these logical axes goes.
 
@@ -65,7 +75,9 @@ def weight_sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: 
     """
     names = (None,) * (len(shape) - len(axes)) + tuple(axes)
     spec = [RULES[name] for name in names]
-    fits = [a if a and size % mesh.shape[a] == 0 else None for a, size in zip(spec, shape, strict=True)]
+    fits = [
+        a if a and size % mesh.shape[a] == 0 else None for a, size in zip(spec, shape, strict=True)
+    ]
     return NamedSharding(mesh, P(*fits))
 
 

@@ -1,0 +1,48 @@
+"""Short causal depthwise convolution: itself a mixer, whose state is the last width - 1 inputs."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from seqlab.layers.mixer import Mixer
+
+
+class State(NamedTuple):
+    inputs: jax.Array  # [B, W - 1, D], of the current document; zero where there were none
+
+
+class ShortConv(Mixer):
+    """y_t = sum_j weight[j] x_{t - W + 1 + j} (+ bias), reading zeros across a document's start.
+
+    The last tap multiplies the current token. Taps start uniform in +-width^-0.5 (the default of
+    depthwise convolutions in the Mamba papers' code), the bias at zero.
+    """
+
+    def __init__(self, d: int, width: int, *, bias: bool = False, rngs: nnx.Rngs):
+        bound = width**-0.5
+        taps = jax.random.uniform(rngs.params(), (width, d), jnp.float32, -bound, bound)
+        self.weight = nnx.Param(taps, axes=(None, "heads"))
+        self.bias = nnx.Param(jnp.zeros(d, jnp.float32), axes=("heads",)) if bias else None
+
+    def init_state(self, batch: int) -> State:
+        width, d = self.weight.shape
+        return State(jnp.zeros((batch, width - 1, d), jnp.float32))
+
+    def mix(self, x, state: State, reset):
+        width, T = self.weight.shape[0], x.shape[1]
+        past = jnp.concatenate([state.inputs.astype(x.dtype), x], 1)  # [B, W - 1 + T, D]
+        document = jnp.pad(
+            jnp.cumsum(reset, 1), [(0, 0), (width - 1, 0)]
+        )  # the state is document 0
+        weight = self.weight[...].astype(x.dtype)
+        y = weight[-1] * x
+        for tap in range(width - 1):
+            same = document[:, tap : tap + T] == document[:, width - 1 :]
+            y += jnp.where(same[..., None], weight[tap] * past[:, tap : tap + T], 0)
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)
+        mine = document[:, T:] == document[:, -1:]
+        inputs = jnp.where(mine[..., None], past[:, T:], 0)
+        return y, State(inputs.astype(state.inputs.dtype))

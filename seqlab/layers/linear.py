@@ -1,0 +1,42 @@
+"""Linear maps: float32 weights used in the dtype of the input, with named axes for sharding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """x [..., d_in] -> x W + b [..., d_out], in the dtype of x.
+
+    `axes` names the two dimensions of the weight (see `parallel.mesh.RULES`). The weight starts
+    normal with standard deviation `std`, by default d_in ** -0.5 (LeCun); the bias at zero.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        axes: tuple[str | None, str | None],
+        *,
+        bias: bool = False,
+        std: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        std = d_in**-0.5 if std is None else std
+        weight = std * jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32)
+        self.weight = nnx.Param(weight, axes=axes)
+        self.bias = nnx.Param(jnp.zeros(d_out, jnp.float32), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.weight[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def heads(x: jax.Array, n: int) -> jax.Array:
+    """[B, T, n * d] -> [B, T, n, d]"""
+    return x.reshape(*x.shape[:-1], n, -1)
+
+
+def merge(x: jax.Array) -> jax.Array:
+    """[B, T, n, d] -> [B, T, n * d]"""
+    return x.reshape(*x.shape[:-2], -1)

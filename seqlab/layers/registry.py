@@ -1,0 +1,100 @@
+"""Mixers by name: the files of `seqlab/layers/mixers`, and those that a user brings.
+
+A mixer file defines `Config`, a frozen dataclass with `build(d_model, rngs=)`. Its name is the name
+of the file, in configs, on the command line and in checkpoints.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+import pkgutil
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import PlainSerializer, PlainValidator
+
+from seqlab import settings
+from seqlab.errors import ConfigError, nearest
+from seqlab.layers import mixers as package
+
+_brought: dict[str, type] = {}
+
+
+def mixers() -> list[str]:
+    """Names of every mixer that can be built here: seqlab's own and those registered."""
+    return sorted({m.name for m in pkgutil.iter_modules(package.__path__)} | set(_brought))
+
+
+def register_mixer(config_class: type, name: str | None = None) -> str:
+    """Make a mixer of your own known by name (its file's, unless given), so that configs and
+    checkpoints that speak of it can be read. Returns the name."""
+    name = name or config_class.__module__.rpartition(".")[2]
+    if _class(name) not in (None, config_class) and name not in _brought:
+        raise ConfigError(f"The mixer name {name!r} is taken by seqlab: rename your file.")
+    _brought[name] = config_class
+    return name
+
+
+def register_file(path: str | pathlib.Path) -> str:
+    """Import a mixer file (this runs it) and register its `Config` under the file's name."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"There is no mixer file {path}: give the path of a .py file.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(
+            f"The mixer file {path} is not a Python file: give the path of a .py file."
+        )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[path.stem]
+        raise ConfigError(f"Importing {path} raised {type(error).__name__}: {error}") from error
+    if not hasattr(getattr(module, "Config", None), "build"):
+        raise ConfigError(f"{path} defines no mixer: it needs a class Config with a build method.")
+    return register_mixer(module.Config, path.stem)
+
+
+def mixer_config(name: str, **fields: Any) -> Any:
+    """The Config of the mixer called `name`; raises ConfigError for an unknown name or field."""
+    config_class = _class(name)
+    if config_class is None:
+        raise ConfigError(f"There is no mixer {name!r}: {nearest(name, mixers())}")
+    return settings.read(config_class, fields, where=name)
+
+
+def mixer_name(config: Any) -> str:
+    """The name under which `mixer_config` builds a config of this kind."""
+    for name, config_class in _brought.items():
+        if type(config) is config_class:
+            return name
+    name = type(config).__module__.rpartition(".")[2]
+    return name if _class(name) is type(config) else register_mixer(type(config))
+
+
+def _class(name: str) -> type | None:
+    if name in _brought:
+        return _brought[name]
+    if name not in {m.name for m in pkgutil.iter_modules(package.__path__)}:
+        return None
+    return importlib.import_module(f"{package.__name__}.{name}").Config
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        fields = dict(value)
+        return mixer_config(fields.pop("mixer", "a config without a 'mixer' field"), **fields)
+    if not hasattr(value, "build"):
+        raise ValueError(f"{value!r} is not a mixer config: use seqlab.mixer_config(name)")
+    return value
+
+
+#: A mixer's Config as a field of another config: `{"mixer": name, ...its fields}` in JSON.
+MixerConfig = Annotated[
+    Any,
+    PlainValidator(_from_plain),
+    PlainSerializer(lambda config: {"mixer": mixer_name(config), **settings.plain(config)}),
+]
