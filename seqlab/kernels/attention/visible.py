@@ -11,7 +11,9 @@ FAR = 2**30
 def visible(q_position, q_document, k_position, k_document, window: int | None, sinks: int):
     """Broadcasting: [..., T, 1] queries against [..., 1, S] keys -> bool [..., T, S]."""
     same = (q_document == k_document) & (k_document >= 0)
-    return same & (k_position <= q_position) & _near(q_position, k_position, k_position, window, sinks)
+    return (
+        same & (k_position <= q_position) & _near(q_position, k_position, k_position, window, sinks)
+    )
 
 
 def visible_blocks(q_at: jax.Array, k_at: jax.Array, window: int | None, sinks: int):

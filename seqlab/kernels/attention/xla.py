@@ -44,7 +44,7 @@ def _blocks(a, size, fill=0):
     return a.reshape(B, -1, size, *a.shape[2:]).swapaxes(0, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options, q, k, v, q_at, k_at):
     return _forward(options, q, k, v, q_at, k_at)[0]
 
