@@ -14,7 +14,7 @@ from seqlab.errors import ConfigError, ModelError
 from seqlab.kernels.attention import EMPTY, attention, definition
 from seqlab.kernels.attention.visible import visible, visible_blocks
 from seqlab.kernels.attention.xla import blockwise
-from seqlab.layers.mixers.attention import Config
+from seqlab.layers.mixers.attention import Config, _held
 from seqlab.layers.rope import positions, rope
 
 B, BLOCK = 2, 16
@@ -34,7 +34,7 @@ def tokens(T, S, H, G, seed=0, dtype=np.float64, K=6, V=5):
     q, k, v = (r.normal(size=s) for s in [(B, T, H, K), (B, S, G, K), (B, S, G, V)])
     q_position, k_position = (r.integers(0, 60, (B, n)) for n in (T, S))
     q_document, k_document = r.integers(0, 3, (B, T)), r.integers(-1, 3, (B, S))
-    q_document[:, 0] = 7
+    q_document[:, 0] = -1
     at = q_position, q_document, k_position, k_document
     return [a.astype(dtype) for a in (q, k, v)], [a.astype(np.int32) for a in at]
 
@@ -124,18 +124,20 @@ def test_attention_equals_torch(window, sinks):
         assert_close(list(pull(jnp.cos(ours))), expected, GRADIENT)
 
 
-def test_visible_blocks_miss_no_visible_pair_and_skip_what_is_empty():
-    for seed in range(20):
+@pytest.mark.parametrize("block", [1, BLOCK])
+def test_visible_blocks_miss_no_visible_pair_and_skip_what_is_empty(block):
+    for seed in range(12):
         _, (qp, qd, kp, kd) = tokens(48, 64, 1, 1, seed=seed)
         kd[:, 16:32] = -1
         window, sinks = [(None, 0), (8, 0), (8, 2)][seed % 3]
-        block = lambda a: np.stack(np.split(a, a.shape[1] // BLOCK, 1))
-        q_at, k_at = np.stack([block(qp), block(qd)]), np.stack([block(kp), block(kd)])
+        split = lambda a: np.stack(np.split(a, a.shape[1] // block, 1))
+        q_at, k_at = (np.stack([split(a), split(b)]) for a, b in [(qp, qd), (kp, kd)])
         seen = visible_blocks(q_at, k_at, window, sinks)
         pairs = visible(qp[..., None], qd[..., None], kp[:, None], kd[:, None], window, sinks)
-        pairs = pairs.reshape(B, 3, BLOCK, 4, BLOCK).any((0, 2, 4))
+        pairs = pairs.reshape(B, 48 // block, block, 64 // block, block).any((0, 2, 4))
         assert not (pairs & ~seen).any()
-        assert not seen[:, 1].any()
+        assert not seen[:, 16 // block : 32 // block].any()
+        assert block > 1 or (pairs == seen).all()
 
 
 @pytest.mark.parametrize(("window", "band"), [(None, 8), (17, 2), (18, 3)])
@@ -147,6 +149,19 @@ def test_work_is_that_of_the_visible_blocks(window, band):
     n = np.arange(8)
     lag = n[:, None] - n
     assert (seen == ((lag >= 0) & (lag < band))).all()
+
+
+def test_no_array_is_as_large_as_all_scores():
+    n, shape = 4096, jax.ShapeDtypeStruct((1, 4096, 1, 4), jnp.float32)
+    at = [jax.ShapeDtypeStruct((1, n), jnp.int32)] * 4
+
+    def bytes_of(implementation):
+        loss = lambda qkv, at: jnp.sum(attention(*qkv, *at, implementation=implementation))
+        compiled = jax.jit(jax.grad(loss)).lower([shape] * 3, at).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert bytes_of("reference") > n * n * 4
+    assert bytes_of("xla") < n * n / 8
 
 
 def test_attention_refuses_unknown_implementations_and_odd_head_groups():
@@ -188,6 +203,7 @@ MIXERS = {
 }
 
 
+@functools.cache
 def build(config):
     mixer = config.build(D, rngs=nnx.Rngs(0))
     noise = lambda path, a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape)
@@ -229,6 +245,13 @@ def test_pieces_equal_the_whole_across_ring_and_resets(name):
                 assert_close(feed(run, x, reset, cuts, empty), whole)
 
 
+def test_slots_keep_the_first_tokens_and_a_ring_of_the_last():
+    """The layout that saved states rely on."""
+    ends = jnp.array([0, 1, 3, 9], jnp.int32)
+    expected = [[-1] * 6, [0] + [-1] * 5, [0, 1, 2, -1, -1, -1], [0, 1, 6, 7, 8, 5]]
+    assert _held(ends, 2, 4).tolist() == expected
+
+
 def test_the_state_of_a_packed_row_is_that_of_its_last_document():
     mixer = build(MIXERS["sinks"])
     x, _ = inputs()
@@ -265,7 +288,7 @@ def test_gradients_pass_through_the_state():
     with jax.enable_x64(True):
         mixer = build(MIXERS["sinks"])
         x, reset = inputs(3, resets=1)
-        state = feed(mixer, x[:, :9], reset[:, :9], [])[1]
+        state = jax.jit(mixer.__call__)(x[:, :9], None, reset=reset[:, :9])[1]
         state = jax.tree.map(lambda a: a.astype("f8") if a.dtype == "f4" else a, state)
 
         def loss(mixer, kv, x, cuts):
@@ -278,6 +301,13 @@ def test_gradients_pass_through_the_state():
         whole = gradient([])
         assert all((jnp.abs(g) > 0).any() for g in jax.tree.leaves(whole))
         assert_close(gradient([15]), whole, GRADIENT)
+
+
+def test_a_state_can_be_donated():
+    mixer = build(MIXERS["window"])
+    run = jax.jit(mixer.__call__, donate_argnums=1)
+    y, state = run(jnp.ones((B, 1, D)), mixer.init_state(B))
+    assert run(jnp.ones((B, 1, D)), state)[1].position.tolist() == [2, 2]
 
 
 def test_low_precision_input_keeps_its_dtype_and_a_float32_state():
@@ -297,7 +327,7 @@ def test_full_attention_refuses_more_tokens_than_it_holds():
     for run in (mixer, jax.jit(mixer.__call__)):
         with pytest.raises(ModelError, match="max_length=8 cannot hold 9 tokens"):
             run(x, None)
-    _, state = mixer(x[:, :6], None)
+    _, state = jax.jit(mixer.__call__)(x[:, :6], None)
     with pytest.raises(ModelError, match="max_length=8 cannot hold 9 tokens"):
         mixer(x[:, :3], state)
 

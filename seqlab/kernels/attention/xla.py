@@ -104,7 +104,8 @@ def _each_pair(step, options, q_at, k_at, carry):
 def _scores(options, q, k, q_at, k_at):
     """[B, G, R, C, D], MASKED where the query does not see the key."""
     scores = _dot("bgrtk,bgsk->bgrts", q, k) * options.scale
-    sees = visible(*q_at[..., None], *k_at[:, :, None], options.window, options.sinks)
+    (q_position, q_document), (k_position, k_document) = q_at[..., None], k_at[:, :, None]
+    sees = visible(q_position, q_document, k_position, k_document, options.window, options.sinks)
     return jnp.where(sees[:, None, None], scores, MASKED)
 
 

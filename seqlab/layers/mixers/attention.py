@@ -91,8 +91,9 @@ class Attention(Mixer):
 
     def init_state(self, batch: int) -> State:
         fixed, ring = self._slots()
-        kv = jnp.zeros((batch, fixed + ring, self.kv_heads, self.head_dim), jnp.float32)
-        return State(kv, kv, jnp.zeros(batch, jnp.int32))
+        shape = batch, fixed + ring, self.kv_heads, self.head_dim
+        k, v = (jnp.zeros(shape, jnp.float32) for _ in "kv")  # two buffers: states are donated
+        return State(k, v, jnp.zeros(batch, jnp.int32))
 
     def mix(self, x, state: State, reset):
         c, position = self.config, positions(reset, state.position)
@@ -128,7 +129,7 @@ class Attention(Mixer):
     def _slots(self) -> tuple[int, int]:
         """Slots for the first tokens of a document, and slots that the tokens after share."""
         c = self.config
-        return (c.max_length, 0) if c.window is None else (c.sinks, c.window)
+        return (c.max_length or 0, 0) if c.window is None else (c.sinks, c.window)
 
     def _keep(self, state: State, k, v, position) -> State:
         """The state after new keys and values [B, T, G, K], of which `position` [B] is the end."""
