@@ -197,16 +197,15 @@ def test_rope_is_a_rotation_of_complex_numbers():
 T, D = 42, 12
 MIXERS = {
     "full": Config(heads=2, max_length=T),
-    "window": Config(heads=2, window=5),
+    "window": Config(heads=3, kv_heads=1, window=5, rope_base=None, qkv_bias=True),
     "sinks": Config(heads=4, kv_heads=2, head_dim=6, window=5, sinks=2, qk_norm=True),
-    "no positions": Config(heads=3, kv_heads=1, window=50, rope_base=None, qkv_bias=True),
 }
 
 
 @functools.cache
 def build(config):
     mixer = config.build(D, rngs=nnx.Rngs(0))
-    noise = lambda path, a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape)
+    noise = lambda path, a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype)
     return jax.tree_util.tree_map_with_path(noise, mixer)  # biases and norms off their start
 
 
@@ -241,7 +240,7 @@ def test_pieces_equal_the_whole_across_ring_and_resets(name):
             x, reset = inputs(seed, resets)
             whole = feed(run, x, reset, [], empty)
             assert whole[0].dtype == whole[1].k.dtype == jnp.float64
-            for cuts in [range(1, T), range(7, T, 7), [1, 8, 15, 16]]:
+            for cuts in [range(1, T), [1, 8, 15, 16, 23, 30, 37, *range(38, T)]]:
                 assert_close(feed(run, x, reset, cuts, empty), whole)
 
 
@@ -263,7 +262,7 @@ def test_the_state_of_a_packed_row_is_that_of_its_last_document():
     assert (state.k[:, 2 + 5 :] == 0).all() and state.position.tolist() == [12, 12]
 
 
-@pytest.mark.parametrize("name", ["full", "window", "sinks"])
+@pytest.mark.parametrize("name", ["window", "sinks"])
 def test_each_output_depends_on_exactly_the_tokens_it_may_see(name):
     """Also far behind the window and over a cut: sinks stay, everything else is forgotten."""
     config = MIXERS[name]
@@ -279,8 +278,7 @@ def test_each_output_depends_on_exactly_the_tokens_it_may_see(name):
     t, s = np.arange(T)[:, None], np.arange(T)
     start = np.where(t < 4, 0, 4)
     expected = (s <= t) & (s >= start)
-    if config.window:
-        expected &= (t - s < config.window) | (s - start < config.sinks)
+    expected &= (t - s < config.window) | (s - start < config.sinks)
     assert (touched == expected).all()
 
 

@@ -1,8 +1,10 @@
 """Softmax attention over keys of several documents: causal, sliding window, sinks, grouped heads.
 
-`attention` is what to call; `definition` says what it computes. Papers: Vaswani et al. (2017);
+`attention` is what to call; `definition` is what it computes. Papers: Vaswani et al. (2017);
 grouped-query heads, Ainslie et al. (2023); sinks, Xiao et al. (2023, StreamingLLM).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,15 @@ from seqlab.errors import ConfigError, nearest
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
 from seqlab.kernels.attention.xla import blockwise
 
-__all__ = ["EMPTY", "attention", "definition"]
+__all__ = ["EMPTY", "attention", "attention_with_lse", "definition"]
 
 
-def attention(
+def attention(*arrays: jax.Array, **options: Any) -> jax.Array:
+    """The y of `attention_with_lse`, which says what the arguments are."""
+    return attention_with_lse(*arrays, **options)[0]
+
+
+def attention_with_lse(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -27,8 +34,7 @@ def attention(
     sinks: int = 0,
     scale: float | None = None,
     implementation: str | None = None,
-    with_lse: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """y_t = sum_s softmax_s(scale * q_t . k_s) v_s over the keys s that query t sees.
 
     q                       [B, T, H, K]; query head h reads key head h // (H // G)
@@ -39,8 +45,8 @@ def attention(
                             it, if fewer than `window` tokens back or among the first `sinks`
     scale                   K ** -0.5 unless given
     implementation          "reference" or "xla"; T == 1 always takes the definition
-    Returns y [B, T, H, V] in the dtype of q; with_lse adds the log-sum-exp of the scores,
-    [B, T, H], float32 or wider. A query that sees nothing gives 0, with log-sum-exp `EMPTY`.
+    Returns y [B, T, H, V] in the dtype of q, and the log-sum-exp of the scores [B, T, H], float32
+    or wider. A query that sees nothing gives 0, with log-sum-exp `EMPTY`.
     Raises ConfigError if H is not a multiple of G or the implementation is unknown.
     """
     if q.shape[2] % k.shape[2]:
@@ -53,8 +59,7 @@ def attention(
     run = definition if q.shape[1] == 1 else known[implementation or "xla"]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     at = q_position, q_document, k_position, k_document
-    y, lse = run(q, k, v, *at, window=window, sinks=sinks, scale=scale)
-    return (y, lse) if with_lse else y
+    return run(q, k, v, *at, window=window, sinks=sinks, scale=scale)
 
 
 def definition(
@@ -65,8 +70,8 @@ def definition(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q = q.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=wide) * scale
-    queries, keys = (a[..., None] for a in (q_position, q_document)), (k_position, k_document)
-    sees = visible(*queries, *(a[:, None] for a in keys), window, sinks)  # [B, T, S]
+    queries = q_position[..., None], q_document[..., None]
+    sees = visible(*queries, k_position[:, None], k_document[:, None], window, sinks)  # [B, T, S]
     scores = jnp.where(sees[:, None, None], scores, MASKED)
     lse = jnp.maximum(jax.nn.logsumexp(scores, -1), EMPTY)  # [B, G, R, T]
     weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)  # 0 where masked

@@ -29,7 +29,7 @@ def blockwise(
     B, T, H, K = q.shape
     G, C, D = k.shape[2], min(block, T), min(block, k.shape[1])
     q = _blocks(q.reshape(B, T, G, H // G, K), C).transpose(0, 1, 3, 4, 2, 5)  # [N, B, G, R, C, K]
-    k, v = (_blocks(a, D).swapaxes(2, 3) for a in (k, v))  # [M, B, G, D, K or V]
+    k, v = _blocks(k, D).swapaxes(2, 3), _blocks(v, D).swapaxes(2, 3)  # [M, B, G, D, K or V]
     q_at = jnp.stack([_blocks(q_position, C), _blocks(q_document, C, fill=-1)])  # [2, N, B, C]
     k_at = jnp.stack([_blocks(k_position, D), _blocks(k_document, D, fill=-1)])
     y, lse = _attention(Options(window, sinks, scale), q, k, v, q_at, k_at)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError, ModelError
@@ -146,7 +147,7 @@ class Attention(Mixer):
     def _refuse_overflow(self, position):
         if self.max_length is None:
             return
-        T, traced = position.shape[1], isinstance(position, jax.core.Tracer)
+        T, traced = position.shape[1], isinstance(position, Tracer)
         length = T if traced else max(T, int(position.max()) + 1)
         if length > self.max_length:
             raise ModelError(
