@@ -5,5 +5,16 @@ import jax.numpy as jnp
 
 
 def widen(a: jax.Array) -> jax.Array:
-    """A floating array as float32, or as float64 where it is one already (proofs run in float64)."""
+    """A floating array as float32; one in float64 stays so, because proofs run in float64."""
     return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+
+
+def dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum of two operands that may be narrow, summed and returned in float32 (or wider)."""
+    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    product = lambda a, b: jnp.einsum(equation, a, b, preferred_element_type=wide)
+    if wide in (a.dtype, b.dtype):
+        return product(a, b)
+    # XLA's CPU runtime lacks some narrow products with wide sums
+    on_cpu = lambda a, b: jnp.einsum(equation, a.astype(wide), b.astype(wide))
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=product)

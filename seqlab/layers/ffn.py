@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
+from seqlab.errors import ConfigError
 from seqlab.layers.linear import Linear
 
 
@@ -16,7 +17,7 @@ class Config:
 
     def __post_init__(self):
         if self.ratio <= 0 or self.multiple_of < 1:
-            raise ValueError(f"ffn needs ratio > 0 and multiple_of >= 1, not {self}")
+            raise ConfigError(f"ffn needs ratio > 0 and multiple_of >= 1, not {self}.")
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "SwiGLU":
         inner = -int(-d_model * self.ratio // self.multiple_of) * self.multiple_of

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
-from seqlab.layers import ffn
-from seqlab.layers.mixer import State
+from seqlab.errors import ConfigError
+from seqlab.layers import ffn as channel_mixer
 from seqlab.layers.linear import Linear
+from seqlab.layers.mixer import State
 from seqlab.layers.norm import RMSNorm
 from seqlab.layers.registry import MixerConfig
 from seqlab.parallel.mesh import DATA, SEQ, constrain
 
-#: What the backward pass keeps of each period of the pattern: all, the products, or its input only.
-Remat = Literal["none", "products", "all"]
+#: What a period of the pattern recomputes in the backward pass: nothing, all but products, all.
+Remat = Literal["none", "cheap", "all"]
 _POLICIES = {
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "cheap": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "all": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -34,7 +35,7 @@ class Config:
     d_model: int
     pattern: tuple[MixerConfig, ...]
     repeats: int = 1
-    ffn: ffn.Config | None = ffn.Config()
+    ffn: channel_mixer.Config | None = channel_mixer.Config()
     tie_embeddings: bool = True
     remat: Remat = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -42,9 +43,9 @@ class Config:
     def __post_init__(self):
         for name in ("vocab", "d_model", "repeats"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}.")
         if not self.pattern:
-            raise ValueError("model.pattern must hold at least one mixer config")
+            raise ConfigError("model.pattern must hold at least one mixer config.")
 
     def build(self, *, rngs: nnx.Rngs) -> "LM":
         return LM(self, rngs=rngs)
@@ -56,9 +57,8 @@ class Block(nnx.Module):
     def __init__(self, config: Config, mixer, *, rngs: nnx.Rngs):
         d = config.d_model
         self.mixer_norm, self.mixer = RMSNorm(d), mixer.build(d, rngs=rngs)
-        self.ffn_norm = self.ffn = None
-        if config.ffn is not None:
-            self.ffn_norm, self.ffn = RMSNorm(d), config.ffn.build(d, rngs=rngs)
+        self.ffn_norm = RMSNorm(d) if config.ffn else None
+        self.ffn = config.ffn.build(d, rngs=rngs) if config.ffn else None
 
     def __call__(self, x, state, reset):
         y, state = self.mixer(self.mixer_norm(x), state, reset=reset)

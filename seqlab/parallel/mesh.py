@@ -12,8 +12,8 @@ from seqlab.errors import ConfigError
 
 DATA, SEQ, MODEL = "data", "seq", "model"  # the mesh axes: they split batch, time, heads
 
-#: Logical axis of a weight -> mesh axis. Weights are split over `data` too (as in FSDP): XLA gathers
-#: each layer's when it is used and scatters its gradient.
+#: Logical axis of a weight -> mesh axis. Weights are split over `data` too (as in FSDP): XLA
+#: gathers each layer's when it is used and scatters its gradient.
 RULES = {"embed": DATA, "heads": MODEL, "ffn": MODEL, "vocab": MODEL, None: None}
 
 _strategy = contextvars.ContextVar("strategy", default="all_gather")
@@ -39,7 +39,7 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
 def use_mesh(
     data: int = 1, seq: int = 1, model: int = 1, *, strategy: str = "all_gather"
 ) -> Iterator[Mesh]:
-    """Everything called inside runs sharded: batch over `data`, time over `seq`, heads over `model`.
+    """What is called inside runs sharded: batch over `data`, time over `seq`, heads over `model`.
 
     `strategy` names how states travel along `seq` (see `sequence.enter`). It is read while tracing,
     so a function compiled under one strategy keeps it.

@@ -1,0 +1,80 @@
+"""A recurrence over time, and every way we know to run it.
+
+The decorated function is the definition: a plain scan that a reader can hold against the paper.
+Faster implementations are attached to it and must agree with it. From a `transition` (what a
+stretch of tokens does to a state) the recurrence gets sequence parallelism; without one it still
+shards, exactly, device after device.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from seqlab.errors import ConfigError, nearest
+from seqlab.parallel import sequence
+from seqlab.parallel.mesh import current_strategy
+
+PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
+
+#: Every recurrence by name; `seqlab doctor` lists which implementation each takes here.
+RECURRENCES: dict[str, "Recurrence"] = {}
+
+
+class Recurrence:
+    """f(*tokens, state, implementation=None, **options) -> (y, state).
+
+    tokens are [B, T, ...] with any T >= 1, state is [B, ...]; it runs on any mesh. `implementation`
+    None takes the best for the platform that the program is lowered for; a name takes that one. A
+    single token takes the definition, which is its fastest form.
+    """
+
+    def __init__(self, reference: Callable, implementations: dict, transition: Callable | None):
+        functools.update_wrapper(self, reference)
+        self.implementations = {"reference": reference, **implementations}
+        self.transition = transition
+        RECURRENCES[reference.__name__] = self
+
+    def __call__(self, *args, implementation: str | None = None, **options):
+        *tokens, state = args
+        if tokens[0].shape[1] == 1:
+            implementation = "reference"
+        run = functools.partial(self._run, implementation, options)
+
+        def shard(*args):
+            *tokens, state = args
+            if self.transition is None:
+                return sequence.relay(run, tokens, state)
+            stretch = self.transition(*tokens, **options)
+            entering, leaving = sequence.enter(stretch, state, current_strategy())
+            return run(*tokens, entering)[0], leaving
+
+        return sequence.on_mesh(run, shard, tuple(tokens), state)
+
+    def implementation_on(self, platform: str) -> str:
+        """The name of the implementation that `None` means on "cpu", "tpu" or "cuda"."""
+        chosen = [name for name in self.implementations if PLATFORM.get(name) == platform]
+        return (chosen or [name for name in ("xla", "reference") if name in self.implementations])[
+            0
+        ]
+
+    def _run(self, implementation, options, *args):
+        bound = {name: functools.partial(f, **options) for name, f in self.implementations.items()}
+        if implementation is not None:
+            if implementation not in bound:
+                raise ConfigError(
+                    f"{self.__name__} has no implementation {implementation!r}: "
+                    + nearest(implementation, bound)
+                )
+            return bound[implementation](*args)
+        # resolved when lowering, so that compiling ahead of time for another platform is right too
+        default = bound[self.implementation_on("cpu")]
+        by_platform = {PLATFORM[name]: f for name, f in bound.items() if name in PLATFORM}
+        return jax.lax.platform_dependent(*args, default=default, **by_platform)
+
+
+def recurrence(
+    transition: Callable | None = None, **implementations: Callable
+) -> Callable[[Callable], Recurrence]:
+    """Decorate a definition `f(*tokens, state, **options)` with its transition and faster forms."""
+    return lambda reference: Recurrence(reference, implementations, transition)

@@ -1,0 +1,103 @@
+"""Mamba-2 (Dao & Gu, 2024): a selective state space whose state decays by one scalar a head."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic.dataclasses import dataclass
+
+from seqlab.errors import ConfigError
+from seqlab.kernels.decayed_outer_product import decayed_outer_product
+from seqlab.kernels.precision import widen
+from seqlab.layers.conv import ShortConv
+from seqlab.layers.linear import Linear, heads, merge
+from seqlab.layers.mixer import Mixer
+from seqlab.layers.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Config:
+    """`expand` * d_model channels in heads of `head_dim`; B and C are shared within `groups`."""
+
+    head_dim: int = 16
+    d_state: int = 16
+    groups: int = 1
+    expand: float = 2.0
+    conv_width: int = 4
+    dt_min: float = 1e-3  # at the start, dt is log-uniform between these two
+    dt_max: float = 0.1
+    dt_limit: tuple[float, float] = (0.0, 1e9)  # dt is clipped to this range at all times
+    chunk_size: int = 64
+    implementation: str | None = None
+
+    def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Mamba2":
+        inner = int(self.expand * d_model)
+        if inner % self.head_dim:
+            raise ConfigError(
+                f"mamba2: expand * d_model = {inner} does not divide by head_dim = {self.head_dim}."
+            )
+        if inner // self.head_dim % self.groups:
+            raise ConfigError(
+                f"mamba2: {inner // self.head_dim} heads do not divide into {self.groups} groups."
+            )
+        return Mamba2(self, d_model, rngs=rngs)
+
+
+class State(NamedTuple):
+    conv: tuple  # the state of the short convolution over x, B and C
+    memory: jax.Array  # [B, H, N, P]
+
+
+class Mamba2(Mixer):
+    """S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T;  y_t = S_t^T C_t + D x_t
+
+    out = norm(y * silu(z)) W_out, where x, B and C have passed a short convolution and silu, and
+    dt = softplus(. + dt_bias), A = -exp(A_log).
+    """
+
+    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.inner = int(c.expand * d_model)
+        self.heads = H = self.inner // c.head_dim
+        xbc = self.inner + 2 * c.groups * c.d_state
+        self.z = Linear(d_model, self.inner, ("embed", "heads"), rngs=rngs)
+        self.xbc = Linear(d_model, xbc, ("embed", "heads"), rngs=rngs)
+        self.dt = Linear(d_model, H, ("embed", "heads"), rngs=rngs)
+        self.conv = ShortConv(xbc, c.conv_width, bias=True, rngs=rngs)
+        log_dt = (math.log(c.dt_min), math.log(c.dt_max))
+        dt = jnp.exp(jax.random.uniform(rngs.params(), (H,), jnp.float32, *log_dt))
+        dt = jnp.maximum(dt, 1e-4)
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)), axes=("heads",))  # softplus^-1(dt)
+        A = jax.random.uniform(rngs.params(), (H,), jnp.float32, 1.0, 16.0)
+        self.A_log = nnx.Param(jnp.log(A), axes=("heads",))
+        self.D = nnx.Param(jnp.ones(H, jnp.float32), axes=("heads",))
+        self.norm = RMSNorm(self.inner, eps=1e-5, groups=c.groups)
+        self.out = Linear(self.inner, d_model, ("heads", "embed"), rngs=rngs)
+
+    def init_state(self, batch: int) -> State:
+        c = self.config
+        memory = jnp.zeros((batch, self.heads, c.d_state, c.head_dim), jnp.float32)
+        return State(self.conv.init_state(batch), memory)
+
+    def mix(self, x, state: State, reset):
+        c = self.config
+        xbc, conv = self.conv(self.xbc(x), state.conv, reset=reset)
+        cuts = [self.inner, self.inner + c.groups * c.d_state]
+        u, b, q = jnp.split(jax.nn.silu(xbc), cuts, -1)
+        u = heads(u, self.heads)
+        dt = jax.nn.softplus(widen(self.dt(x)) + self.dt_bias[...])  # [B, T, H]
+        dt = jnp.clip(dt, *c.dt_limit)
+        y, memory = decayed_outer_product(
+            heads(q, c.groups),
+            heads(b, c.groups),
+            (u * dt[..., None]).astype(u.dtype),
+            (-jnp.exp(self.A_log[...]) * dt)[..., None],
+            reset,
+            state.memory,
+            chunk_size=c.chunk_size,
+            implementation=c.implementation,
+        )
+        y = merge(y + (self.D[...][:, None] * u).astype(u.dtype))
+        return self.out(self.norm(y * jax.nn.silu(self.z(x)))), State(conv, memory)

@@ -1,0 +1,39 @@
+"""What a stretch of tokens does to the state that enters it, as a callable pytree.
+
+A chunk is a stretch; so is a device's shard of a sequence. Both use the same transitions: chunks
+scan them on one device, `parallel.sequence` scans them over devices.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Diagonal(NamedTuple):
+    """state -> decay * state + update: every elementwise-gated linear recurrence.
+
+    A stretch that starts a document has decay exactly 0.
+    """
+
+    decay: jax.Array
+    update: jax.Array
+
+    def __call__(self, state: jax.Array) -> jax.Array:
+        return self.decay * state + self.update
+
+    def then(self, later: "Diagonal") -> "Diagonal":
+        """The transition of this stretch followed by `later`."""
+        return Diagonal(later.decay * self.decay, later(self.update))
+
+
+def compose(stretches):
+    """One transition for many, stacked along the leading axis in order of time."""
+    first, rest = (
+        jax.tree.map(lambda a: a[0], stretches),
+        jax.tree.map(lambda a: a[1:], stretches),
+    )
+    # a decay shared by all channels would change shape when composed with one that is not
+    first = jax.tree.map(lambda a, r: jnp.broadcast_to(a, r.shape[1:]), first, rest)
+    return lax.scan(lambda before, later: (before.then(later), None), first, rest)[0]
