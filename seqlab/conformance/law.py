@@ -23,7 +23,7 @@ def pieces_equal_the_whole(trial: Trial) -> Finding:
         close(_in_pieces(trial, sizes), expected, f"{way} (y, state)")
         for way, sizes in cuts.items()
     ]
-    return worst(findings, trial.adjusted)
+    return worst(findings, ", ".join([*cuts, *trial.adjusted]))
 
 
 def state_shape_is_fixed(trial: Trial) -> Finding:
@@ -48,7 +48,7 @@ def future_is_not_seen(trial: Trial) -> Finding:
         later = np.arange(trial.length)[:, None] >= t
         y, _ = trial.run(np.where(later, trial.other, trial.x), trial.state, trial.reset)
         findings.append(exactly(y[:, :t], expected[:, :t], f"y before token {t}, when it changes"))
-    return worst(findings)
+    return worst(findings, "to the bit")
 
 
 def rows_are_independent(trial: Trial) -> Finding:
@@ -63,7 +63,8 @@ def rows_are_independent(trial: Trial) -> Finding:
         [
             close(first(together), alone, "a row in a batch and alone (y, state)"),
             exactly(first(beside), first(together), "a row beside others (y, state)"),
-        ]
+        ],
+        "alone, and beside garbage",
     )
 
 
@@ -76,7 +77,8 @@ def packed_documents_equal_separate_ones(trial: Trial) -> Finding:
     second, _ = trial.run(trial.x[:, a:b])
     third, state = trial.run(trial.x[:, b:])
     y = np.concatenate([first, second, third], 1)
-    return close(trial.run(trial.x, trial.state, reset), (y, state), "y, state")
+    found = close(trial.run(trial.x, trial.state, reset), (y, state), "(y, state)")
+    return worst([found], f"of {a}, 1 and {T - b} tokens")
 
 
 def documents_do_not_leak(trial: Trial) -> Finding:
@@ -96,7 +98,7 @@ def documents_do_not_leak(trial: Trial) -> Finding:
     for state in (trial.state, _scaled(trial.state)):
         actual = trial.run(trial.x, state, reset)
         findings.append(exactly(actual, expected, "the incoming state, past a reset at token 0"))
-    return worst(findings)
+    return worst(findings, "to the bit, from garbage and from a state")
 
 
 def left_padding_is_forgotten(trial: Trial) -> Finding:
@@ -115,7 +117,7 @@ def left_padding_is_forgotten(trial: Trial) -> Finding:
         alone = only(trial.run(trial.x[:, start:]))
         findings.append(exactly(dirty, padded, "garbage instead of zeros (y, state)"))
         findings.append(close(padded, alone, "padded and alone (y, state)"))
-    return worst(findings)
+    return worst(findings, f"of {starts[0]} and {starts[1]} tokens")
 
 
 def _in_pieces(trial: Trial, sizes: list[int]):

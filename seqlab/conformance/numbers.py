@@ -19,12 +19,17 @@ def bfloat16_keeps_a_float32_state(trial: Trial) -> Finding:
         dtype = named(wanted)[name].dtype
         if leaf.dtype != dtype:
             return Finding(float("inf"), 0.0, f"{name} is {leaf.dtype} instead of {dtype}")
-    return close(actual, expected, "(y, state)", dtype=jnp.bfloat16)
+    return worst([close(actual, expected, "(y, state)", dtype=jnp.bfloat16)], "near float32")
 
 
 def gradients_equal_the_step_form(trial: Trial) -> Finding:
-    """y, the state, and gradients of x, every parameter and the state, in float64."""
+    """y, the state, and gradients of x, every parameter and the state, in float64.
+
+    A mixer with a backward pass by hand that also runs for T == 1 is compared with itself: let one
+    token take the plain definition, as kernels do.
+    """
     inputs = (trial.mixer, trial.x, trial.state, trial.reset, trial.weights)
+    single = trial.gradients(*inputs)
     with jax.enable_x64(True):
         inputs = jax.tree.map(_widest, inputs)
         expected = jax.jit(gradients_of(step_by_step))(*inputs)
@@ -33,12 +38,13 @@ def gradients_equal_the_step_form(trial: Trial) -> Finding:
         # a mixer that casts to float32 by name rounds there, whatever comes in
         rounds = "f32" in lowered.as_text()
     dtype = np.float32 if rounds else np.float64
+    away = tolerance.worst(single[1], expected[1])[0]
     return worst(
         [
             close(actual[0], expected[0], "value", dtype=dtype),
             close(actual[1], expected[1], "gradient", tolerance.GRADIENT, dtype),
         ],
-        "the mixer casts to float32, so this much rounding is allowed" if rounds else "in float64",
+        f"{'the mixer casts to float32' if rounds else 'in float64'}; {away:.0e} away in float32",
     )
 
 

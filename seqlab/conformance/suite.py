@@ -48,8 +48,10 @@ def check(
     maximum length made to fit them. `on_row` is called with each row as soon as it is known.
     Raises ConfigError if the config builds nothing; a property that raises is a row that failed.
     """
-    if length < 24:
-        raise ConfigError(f"A check of {length} tokens shows little: give it 24 or more.")
+    if length < 24 or length % 4:
+        raise ConfigError(
+            f"length={length} is no multiple of 4 from 24 up: documents are cut there."
+        )
     trial = Trial(mixer_config, d_model, length, seed)
     rows = []
     for prove in PROPERTIES:

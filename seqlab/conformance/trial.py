@@ -139,7 +139,7 @@ def _stirred(mixer, seed: int):
     return jax.tree.map(stir, mixer)
 
 
-def _exercised(config, length: int) -> tuple[Any, str]:
+def _exercised(config, length: int) -> tuple[Any, list[str]]:
     """The config with chunks and windows shorter than the trial, and what changed."""
     limits = {"chunk_size": 16, "window": 12}
     sizes = {name: getattr(config, name, None) for name in (*limits, "max_length")}
@@ -147,9 +147,9 @@ def _exercised(config, length: int) -> tuple[Any, str]:
     room = {"max_length": 2 * length} if isinstance(sizes["max_length"], int) else {}
     changes = {**smaller, **room}
     if not changes:
-        return config, ""
-    said = ", ".join(f"{name}={value}" for name, value in changes.items())
-    return dataclasses.replace(config, **changes), f"with {said}"
+        return config, []
+    said = [f"{name}={value}" for name, value in changes.items()]
+    return dataclasses.replace(config, **changes), said
 
 
 def one_line(error: BaseException) -> str:
