@@ -36,6 +36,18 @@ def axes(model: nnx.Module) -> dict[str, tuple[str | None, ...]]:
     return {_name(path): variable.axes for path, variable in variables}
 
 
+def decays(model: nnx.Module) -> dict[str, bool]:
+    """Which weights weight decay may shrink: matrices, save those declared `decay=False`.
+
+    Norms, biases, A_log, D, dt_bias and their kin mean something at their value, not at zero.
+    """
+    variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
+    return {
+        _name(path): len(variable.axes) > 1 and variable.get_metadata().get("decay", True)
+        for path, variable in variables
+    }
+
+
 def _is_variable(node) -> bool:
     return isinstance(node, nnx.Variable)
 

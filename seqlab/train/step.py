@@ -1,0 +1,72 @@
+"""One training step and one evaluation step: pure functions over flat dictionaries of arrays."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from seqlab.models.lm import LM
+from seqlab.models.parameters import bind
+from seqlab.train.corpus import Batch
+
+
+class Loss(NamedTuple):
+    """A sum over predicted tokens, so that batches and hosts add up exactly."""
+
+    nats: jax.Array
+    tokens: jax.Array
+
+
+def loss(model: LM, batch: Batch) -> Loss:
+    """Cross-entropy of each token given those before it in its own document."""
+    here, there = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
+    reset = jnp.diff(here, axis=1, prepend=here[:, :1]) != 0
+    logits, _ = model(batch.tokens[:, :-1], reset=reset)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
+    counts = (here == there) & (there > 0)
+    return Loss(jnp.sum(jnp.where(counts, nats, 0.0)), jnp.sum(counts))
+
+
+def make_step(
+    skeleton: LM, optimizer: optax.GradientTransformation, accumulate: int = 1
+) -> Callable[[dict, Any, Batch], tuple[dict, Any, dict[str, jax.Array]]]:
+    """step(params, optimizer state, batch) -> the two updated, metrics; the first two are donated.
+
+    The batch is cut in `accumulate` parts whose gradients add up to that of the whole: the loss
+    is the mean over all predicted tokens of the batch, however they fall among the parts.
+    """
+
+    def gradient(params, part):
+        def nats(params):
+            total = loss(bind(skeleton, params), part)
+            return total.nats, total
+
+        return jax.grad(nats, has_aux=True)(params)
+
+    def step(params, state, batch):
+        if accumulate == 1:
+            grads, total = gradient(params, batch)
+        else:
+            parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+            zero = jax.tree.map(jnp.zeros_like, params), Loss(jnp.zeros(()), jnp.zeros((), int))
+            add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(params, part)), None)
+            (grads, total), _ = jax.lax.scan(add, zero, parts)
+        count = jnp.maximum(total.tokens, 1)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, state = optimizer.update(grads, state, params)
+        metrics = {
+            "loss": total.nats / count,
+            "grad_norm": optax.tree.norm(grads),
+            "tokens": total.tokens,
+            "bad_steps": state.notfinite_count,  # in a row, up to now
+        }
+        return optax.apply_updates(params, updates), state, metrics
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_evaluation(skeleton: LM) -> Callable[[dict, Batch], Loss]:
+    """evaluate(params, batch) -> Loss"""
+    return jax.jit(lambda params, batch: loss(bind(skeleton, params), batch))
