@@ -33,10 +33,9 @@ def save(model: lm.LM, path: str | os.PathLike, *, tokenizer: str = "bytes") -> 
     tokenizer: "bytes", or the path of a tokenizer.json, which is copied into the folder.
     """
     path = pathlib.Path(path)
-    if path.exists() and not (
-        (path / WEIGHTS).exists() or path.is_dir() and not any(path.iterdir())
-    ):
-        raise ModelError(f"{path} exists and holds no saved model: choose another path to save to.")
+    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not free and not (path / WEIGHTS).exists():
+        raise ModelError(f"{path} exists and holds no saved model: choose another path.")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -149,7 +148,7 @@ def _weights(path: pathlib.Path, like: dict) -> dict[str, jax.Array]:
     for name in arrays.keys() & like.keys():
         if (arrays[name].shape, arrays[name].dtype) != (like[name].shape, like[name].dtype):
             raise ModelError(
-                f"{path}: {name} is {arrays[name].dtype}{list(arrays[name].shape)}, the config "
-                f"says {like[name].dtype}{list(like[name].shape)}: one of the two is of another model."
+                f"{path}: {name} is {arrays[name].dtype}{list(arrays[name].shape)}, its config says "
+                f"{like[name].dtype}{list(like[name].shape)}: they are of two models."
             )
     return arrays
