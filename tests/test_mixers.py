@@ -13,8 +13,8 @@ GRADIENTS = "gradients equal the step form"
 
 #: Configs that take other paths than the defaults.
 VARIANTS = {
-    "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 20}],
-    "mamba2": [{"groups": 2, "head_dim": 32, "dt_limit": (1e-2, 0.1), "chunk_size": 5}],
+    "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
+    "mamba2": [{"groups": 2, "head_dim": 32, "dt_limit": (1e-2, 0.1), "chunk_size": 32}],
 }
 CASES = [(name, {}) for name in mixers()]
 CASES += [(name, fields) for name in VARIANTS for fields in VARIANTS[name]]
@@ -36,7 +36,7 @@ def _param(case):
 
 
 @pytest.mark.parametrize("prove", PROPERTIES, ids=title)
-@pytest.mark.parametrize("case", map(_param, CASES))
+@pytest.mark.parametrize("case", [_param(case) for case in CASES])
 def test_mixer_has_the_property(case, prove):
     name, fields = case
     if fields and title(prove) == ALONE:

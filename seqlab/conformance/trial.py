@@ -143,7 +143,7 @@ def _exercised(config, length: int) -> tuple[Any, list[str]]:
     """The config with chunks and windows shorter than the trial, and what changed."""
     limits = {"chunk_size": 16, "window": 12}
     sizes = {name: getattr(config, name, None) for name in (*limits, "max_length")}
-    smaller = {n: limits[n] for n in limits if isinstance(sizes[n], int) and 2 * sizes[n] > length}
+    smaller = {n: limits[n] for n in limits if isinstance(sizes[n], int) and sizes[n] >= length}
     room = {"max_length": 2 * length} if isinstance(sizes["max_length"], int) else {}
     changes = {**smaller, **room}
     if not changes:
