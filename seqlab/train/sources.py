@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from seqlab.errors import DataError, nearest
 
 STDLIB = "python:stdlib"
-#: Not of the library proper: what was installed into it, and its test suites, which some systems lack.
+#: Not of the library proper: what was installed into it, and test suites, which some systems lack.
 _FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 TOGETHER = 2**20  # characters that a tokenizer gets at once, to work on in parallel
 Part = Literal["train", "held_out", "all"]

@@ -1,4 +1,4 @@
-"""What training carries from step to step, on whatever mesh, and as named arrays for checkpoints."""
+"""What training carries from step to step, on any mesh, and as named arrays for checkpoints."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
