@@ -30,6 +30,7 @@ class Trial:
     """
 
     def __init__(self, config: Any, d_model: int = 32, length: int = 40, seed: int = 0):
+        self.given, self.d_model = config, d_model
         self.config, self.adjusted = _exercised(config, length)
         self.mixer = _stirred(_build(self.config, d_model), seed)
         self.length = length
@@ -53,6 +54,13 @@ class Trial:
 
     def empty(self, batch: int = BATCH):
         return self.mixer.init_state(batch)
+
+    def bytes_per_sequence(self) -> int:
+        """Of the state, for the config as it was given."""
+        empty = lambda: _build(self.given, self.d_model).init_state(1)
+        return sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(empty))
+        )
 
     @functools.cached_property
     def state(self):
