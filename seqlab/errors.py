@@ -32,6 +32,12 @@ class CheckpointError(SeqlabError):
     code = 74
 
 
+class NumericalError(SeqlabError):
+    """Training has left the finite numbers; starting it again as it is will not help."""
+
+    code = 77
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """', did you mean X?' for the closest known name, else the whole list; ends a sentence."""
     known = sorted(known)

@@ -4,6 +4,7 @@ A mixer file defines `Config`, a frozen dataclass with `build(d_model, rngs=)`. 
 of the file, in configs, on the command line and in checkpoints.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import pathlib
@@ -38,9 +39,12 @@ def register_mixer(config_class: type, name: str | None = None) -> str:
 
 def register_file(path: str | pathlib.Path) -> str:
     """Import a mixer file (this runs it) and register its `Config` under the file's name."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).absolute()
     if not path.is_file():
         raise ConfigError(f"There is no mixer file {path}: give the path of a .py file.")
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) != str(path):
+        raise ConfigError(f"A module called {path.stem!r} is loaded already: rename {path}.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(
@@ -53,8 +57,11 @@ def register_file(path: str | pathlib.Path) -> str:
     except Exception as error:
         del sys.modules[path.stem]
         raise ConfigError(f"Importing {path} raised {type(error).__name__}: {error}") from error
-    if not hasattr(getattr(module, "Config", None), "build"):
-        raise ConfigError(f"{path} defines no mixer: it needs a class Config with a build method.")
+    config_class = getattr(module, "Config", None)
+    if not (dataclasses.is_dataclass(config_class) and hasattr(config_class, "build")):
+        raise ConfigError(
+            f"{path} defines no mixer: it needs a dataclass Config with a build method."
+        )
     return register_mixer(module.Config, path.stem)
 
 

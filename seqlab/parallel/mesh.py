@@ -44,9 +44,10 @@ def use_mesh(
     `strategy` names how states travel along `seq` (see `sequence.enter`). It is read while tracing,
     so a function compiled under one strategy keeps it.
     """
+    mesh = make_mesh(data, seq, model)
     token = _strategy.set(strategy)
     try:
-        with jax.set_mesh(make_mesh(data, seq, model)) as mesh:
+        with jax.set_mesh(mesh):
             yield mesh
     finally:
         _strategy.reset(token)

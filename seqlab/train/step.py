@@ -9,13 +9,7 @@ import optax
 
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind
-
-
-class Batch(NamedTuple):
-    """Rows of packed documents."""
-
-    tokens: jax.Array  # [B, T + 1] int32
-    segment_ids: jax.Array  # [B, T + 1] int32: 1, 2, ... by document, 0 is padding
+from seqlab.train.corpus import Batch
 
 
 class Loss(NamedTuple):
@@ -38,7 +32,7 @@ def loss(model: LM, batch: Batch) -> Loss:
 def make_step(
     skeleton: LM, optimizer: optax.GradientTransformation, accumulate: int = 1
 ) -> Callable[[dict, Any, Batch], tuple[dict, Any, dict[str, jax.Array]]]:
-    """step(params, optimizer state, batch) -> the same two updated, metrics; the inputs are donated.
+    """step(params, optimizer state, batch) -> the two updated, metrics; the first two are donated.
 
     The batch is cut in `accumulate` parts whose gradients add up to that of the whole: the loss
     is the mean over all predicted tokens of the batch, however they fall among the parts.

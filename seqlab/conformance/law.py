@@ -1,0 +1,163 @@
+"""The contract itself: pieces, states, causality, rows, packing, padding."""
+
+import jax
+import numpy as np
+
+from seqlab.conformance.report import Finding, close, exactly, named, worst
+from seqlab.conformance.trial import BATCH, Trial, whole
+
+LARGE = np.float32(1e3)  # garbage this large goes where nothing must be read
+
+
+def pieces_equal_the_whole(trial: Trial) -> Finding:
+    """Token by token, in halves, in odd lengths and in pieces shorter than a chunk."""
+    T, half, odd = trial.length, trial.half, trial.odd
+    expected = trial.run(trial.x, trial.state, trial.reset)
+    cuts = {
+        "token by token": [1] * T,
+        "in halves": [half, T - half],
+        "in odd lengths": [odd, 1, odd, T - 2 * odd - 1],
+        "in short pieces": [5] * (T // 5) + [T % 5] * (T % 5 > 0),
+    }
+    findings = [
+        close(_in_pieces(trial, sizes), expected, f"{way} (y, state)")
+        for way, sizes in cuts.items()
+    ]
+    return worst(findings, ", ".join([*cuts, *trial.adjusted]))
+
+
+def state_shape_is_fixed(trial: Trial) -> Finding:
+    """Shapes and dtypes are those of `init_state` for any T; rows first; float32, int or bool."""
+    one, two = (named({"state": trial.empty(batch)}) for batch in (1, BATCH))
+    wrong = [
+        f"{name} is {_described(leaf)} for {BATCH} rows and {_described(one[name])} for 1"
+        for name, leaf in two.items()
+        if not _well_formed(leaf) or one[name].shape != (1, *leaf.shape[1:])
+    ]
+    for T in (1, 2, trial.odd, trial.length):
+        wrong += _changes(trial, T)
+    size = sum(leaf.nbytes for leaf in one.values())
+    return Finding(float(len(wrong)), 0.0, wrong[0] if wrong else f"{size:,} bytes per sequence")
+
+
+def future_is_not_seen(trial: Trial) -> Finding:
+    """Other tokens from t on leave every y before t the same, to the bit."""
+    expected, _ = trial.run(trial.x, trial.state, trial.reset)
+    findings = []
+    for t in (1, 7, trial.odd, trial.half, trial.length - 1):
+        later = np.arange(trial.length)[:, None] >= t
+        y, _ = trial.run(np.where(later, trial.other, trial.x), trial.state, trial.reset)
+        findings.append(exactly(y[:, :t], expected[:, :t], f"y before token {t}, when it changes"))
+    return worst(findings, "to the bit")
+
+
+def rows_are_independent(trial: Trial) -> Finding:
+    """A row alone gives what it gives in a batch, and other rows do not change it at all."""
+    first = lambda tree: jax.tree.map(lambda a: a[:1], tree)
+    together = trial.run(trial.x, trial.state, trial.reset)
+    alone = trial.run(trial.x[:1], first(trial.state), trial.reset[:1])
+    x, reset = trial.x.copy(), trial.reset.copy()
+    x[1:], reset[1:] = LARGE * trial.other[1:], False
+    beside = trial.run(x, trial.state, reset)
+    return worst(
+        [
+            close(first(together), alone, "a row in a batch and alone (y, state)"),
+            exactly(first(beside), first(together), "a row beside others (y, state)"),
+        ],
+        "alone, and beside garbage",
+    )
+
+
+def packed_documents_equal_separate_ones(trial: Trial) -> Finding:
+    """The first document goes on from the state, the second is one token long."""
+    a, b, T = trial.odd, trial.odd + 1, trial.length
+    reset = np.zeros((BATCH, T), bool)
+    reset[:, [a, b]] = True
+    first, _ = trial.run(trial.x[:, :a], trial.state)
+    second, _ = trial.run(trial.x[:, a:b])
+    third, state = trial.run(trial.x[:, b:])
+    y = np.concatenate([first, second, third], 1)
+    found = close(trial.run(trial.x, trial.state, reset), (y, state), "(y, state)")
+    return worst([found], f"of {a}, 1 and {T - b} tokens")
+
+
+def documents_do_not_leak(trial: Trial) -> Finding:
+    """Changing a document, or the state, changes nothing after the next reset: exactly nothing."""
+    findings = []
+    for start in (1, trial.odd, trial.length - 1):
+        reset = np.zeros((BATCH, trial.length), bool)
+        reset[:, start] = True
+        x = trial.x.copy()
+        x[:, :start] = LARGE * trial.other[:, :start]
+        actual, expected = trial.run(x, trial.state, reset), trial.run(trial.x, trial.state, reset)
+        what = f"after a reset at token {start}, when the tokens before it change"
+        findings.append(exactly(_from(start, actual), _from(start, expected), what))
+    reset = np.zeros((BATCH, trial.length), bool)
+    reset[:, 0] = True
+    expected = trial.run(trial.x, reset=reset)
+    for state in (trial.state, _scaled(trial.state)):
+        actual = trial.run(trial.x, state, reset)
+        findings.append(exactly(actual, expected, "the incoming state, past a reset at token 0"))
+    return worst(findings, "to the bit, from garbage and from a state")
+
+
+def left_padding_is_forgotten(trial: Trial) -> Finding:
+    """Rows padded on the left, each by its own amount, give what they give alone."""
+    starts = (trial.half, trial.length - trial.odd)
+    place, start_of = np.arange(trial.length), np.asarray(starts)[:, None]
+    padding, reset = (place < start_of)[..., None], place == start_of
+    zeros, garbage = (
+        trial.run(np.where(padding, fill, trial.x), reset=reset)
+        for fill in (np.float32(0), LARGE * trial.other)
+    )
+    findings = []
+    for row, start in enumerate(starts):
+        only = lambda tree: jax.tree.map(lambda a: a[row : row + 1], tree)
+        padded, dirty = (_from(start, only(results)) for results in (zeros, garbage))
+        alone = only(trial.run(trial.x[:, start:]))
+        findings.append(exactly(dirty, padded, "garbage instead of zeros (y, state)"))
+        findings.append(close(padded, alone, "padded and alone (y, state)"))
+    return worst(findings, f"of {starts[0]} and {starts[1]} tokens")
+
+
+def _in_pieces(trial: Trial, sizes: list[int]):
+    ys, state, start = [], trial.state, 0
+    for size in sizes:
+        piece = slice(start, start + size)
+        y, state = trial.run(trial.x[:, piece], state, trial.reset[:, piece])
+        ys.append(y)
+        start += size
+    return np.concatenate(ys, 1), state
+
+
+def _from(start: int, y_and_state):
+    y, state = y_and_state
+    return y[:, start:], state
+
+
+def _scaled(state):
+    """A wilder state: its real numbers as large as garbage."""
+    return jax.tree.map(lambda a: LARGE * a if a.dtype == np.float32 else a, state)
+
+
+def _well_formed(leaf) -> bool:
+    real = np.issubdtype(leaf.dtype, np.integer) or leaf.dtype.name in ("float32", "bool")
+    return real and leaf.shape[:1] == (BATCH,)
+
+
+def _changes(trial: Trial, T: int) -> list[str]:
+    """What is not as `init_state` and x promise, after T tokens."""
+    x, state = trial.x[:, :T], trial.empty()
+    expected = named({"y": x, "state": state})
+    actual = named(jax.eval_shape(whole, trial.mixer, x, state, trial.reset[:, :T]))
+    if actual.keys() != expected.keys():
+        return [f"after {T} tokens the leaves are {sorted(actual)}, not {sorted(expected)}"]
+    return [
+        f"{name} is {_described(leaf)} after {T} tokens, not {_described(expected[name])}"
+        for name, leaf in actual.items()
+        if _described(leaf) != _described(expected[name])
+    ]
+
+
+def _described(a) -> str:
+    return f"{a.dtype.name}{list(a.shape)}"

@@ -1,0 +1,158 @@
+"""A mixer on trial: built small, fed random documents, its programs shared by all properties."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from seqlab.conformance.report import named
+from seqlab.errors import ConfigError, SeqlabError
+
+BATCH = 2
+NOISE = 0.02  # added to every parameter: weights that start at zero or one hide what they do
+
+
+class Trial:
+    """The mixer, its inputs and its programs.
+
+    x        [B, T, D] standard normal; `other` is a second one
+    reset    [B, T], random; never at the first token, so that the state matters
+    state    not empty: left by a document that goes on in x
+
+    All arrays are numpy's, so that slicing them compiles nothing. The properties cut T = `length`
+    in few different ways, because every new length is a compilation.
+    """
+
+    def __init__(self, config: Any, d_model: int = 32, length: int = 40, seed: int = 0):
+        self.config, self.adjusted = _exercised(config, length)
+        self.mixer = _stirred(_build(self.config, d_model), seed)
+        self.length = length
+        self.half, self.odd = length // 2, length // 2 - 1
+        rng = np.random.default_rng(seed)
+        self.x, self.other = rng.normal(size=(2, BATCH, length, d_model)).astype(np.float32)
+        self.reset = rng.random((BATCH, length)) < 0.08
+        self.reset[:, [0, self.half, -1]] = [[False, True, False], [False, False, True]]
+        self.traces = collections.Counter()
+        self._forward = jax.jit(self._traced)
+
+    def run(self, x, state=None, reset=None):
+        """mixer(x, state, reset=reset), compiled once for each shape and dtype of x."""
+        state = self.empty(len(x)) if state is None else state
+        reset = np.zeros(x.shape[:2], bool) if reset is None else reset
+        return self._forward(self.mixer, x, state, reset)
+
+    def _traced(self, mixer, x, state, reset):
+        self.traces[x.shape, x.dtype.name] += 1
+        return mixer(x, state, reset=reset)
+
+    def empty(self, batch: int = BATCH):
+        return self.mixer.init_state(batch)
+
+    @functools.cached_property
+    def state(self):
+        return self.run(self.other[:, : self.half])[1]
+
+    @functools.cached_property
+    def gradients(self) -> Callable:
+        """`gradients_of` the mixer itself, compiled: on one device, in float32."""
+        return jax.jit(gradients_of(whole))
+
+    @functools.cached_property
+    def weights(self) -> dict:
+        """Of the loss: a random number for every output, so that none of them can hide."""
+        rng = np.random.default_rng(1)
+        y_and_state = jax.eval_shape(whole, self.mixer, self.x, self.empty(), self.reset)
+        return {
+            name: rng.normal(size=leaf.shape).astype(np.float32)
+            for name, leaf in floating(named(y_and_state)).items()
+        }
+
+
+def whole(mixer, x, state, reset) -> dict:
+    """The mixer over all tokens at once, its results by name."""
+    y, state = mixer(x, state, reset=reset)
+    return {"y": y, "state": state}
+
+
+def step_by_step(mixer, x, state, reset) -> dict:
+    """The mixer token by token: the form that kernels define, and everything else must equal."""
+
+    def step(state, token):
+        x, reset = token
+        y, after = mixer(x[:, None], state, reset=reset[:, None])
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), after, state), y[:, 0]
+
+    state, y = jax.lax.scan(step, state, (jnp.moveaxis(x, 1, 0), reset.T))
+    return {"y": jnp.moveaxis(y, 0, 1), "state": state}
+
+
+def gradients_of(run: Callable) -> Callable:
+    """f(mixer, x, state, reset, weights) -> (results, gradients by name), for a way to run mixers.
+
+    The loss is the weighted sum of y and of the final state. Integers and booleans, wherever they
+    are, get no gradient.
+    """
+
+    def loss(inputs, reset, weights):
+        results = run(inputs["parameters"], inputs["x"], inputs["initial state"], reset)
+        ends = floating(named(results))
+        return sum(jnp.vdot(weights[name], end) for name, end in ends.items()), results
+
+    def f(mixer, x, state, reset, weights):
+        inputs = {"parameters": mixer, "x": x, "initial state": state}
+        gradients, results = jax.grad(loss, has_aux=True, allow_int=True)(inputs, reset, weights)
+        return results, floating(named(gradients))
+
+    return f
+
+
+def floating(leaves: dict) -> dict:
+    """Those leaves that are real numbers."""
+    return {k: v for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+
+
+def _build(config, d_model: int):
+    try:
+        return config.build(d_model, rngs=nnx.Rngs(0))
+    except SeqlabError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"The mixer cannot be built with d_model={d_model}: {one_line(error)}."
+        ) from error
+
+
+def _stirred(mixer, seed: int):
+    rng = np.random.default_rng(seed)
+
+    def stir(a):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            return a
+        return a + jnp.asarray(NOISE * rng.normal(size=a.shape), a.dtype)
+
+    return jax.tree.map(stir, mixer)
+
+
+def _exercised(config, length: int) -> tuple[Any, list[str]]:
+    """The config with chunks and windows shorter than the trial, and what changed."""
+    limits = {"chunk_size": 16, "window": 12}
+    sizes = {name: getattr(config, name, None) for name in (*limits, "max_length")}
+    smaller = {n: limits[n] for n in limits if isinstance(sizes[n], int) and 2 * sizes[n] > length}
+    room = {"max_length": 2 * length} if isinstance(sizes["max_length"], int) else {}
+    changes = {**smaller, **room}
+    if not changes:
+        return config, []
+    said = [f"{name}={value}" for name, value in changes.items()]
+    return dataclasses.replace(config, **changes), said
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line: its type and the first line it says."""
+    first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,0 +1,80 @@
+"""Softmax attention over keys of several documents: causal, sliding window, sinks, grouped heads.
+
+`attention` is what to call; `definition` is what it computes. Papers: Vaswani et al. (2017);
+grouped-query heads, Ainslie et al. (2023); sinks, Xiao et al. (2023, StreamingLLM).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqlab.errors import ConfigError, nearest
+from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
+from seqlab.kernels.attention.xla import blockwise
+
+__all__ = ["EMPTY", "attention", "attention_with_lse", "definition"]
+
+
+def attention(*arrays: jax.Array, **options: Any) -> jax.Array:
+    """The y of `attention_with_lse`, which says what the arguments are."""
+    return attention_with_lse(*arrays, **options)[0]
+
+
+def attention_with_lse(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_position: jax.Array,
+    q_document: jax.Array,
+    k_position: jax.Array,
+    k_document: jax.Array,
+    *,
+    window: int | None = None,
+    sinks: int = 0,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """y_t = sum_s softmax_s(scale * q_t . k_s) v_s over the keys s that query t sees.
+
+    q                       [B, T, H, K]; query head h reads key head h // (H // G)
+    k, v                    [B, S, G, K], [B, S, G, V], in the dtype of q
+    q_position, k_position  [B, T], [B, S] int32, index within the document
+    q_document, k_document  [B, T], [B, S] int32; -1 is an empty slot, seen by nobody
+    window, sinks           a key is seen by queries of its own document that do not come before
+                            it, if fewer than `window` tokens back or among the first `sinks`
+    scale                   K ** -0.5 unless given
+    implementation          "reference" or "xla"; T == 1 always takes the definition
+    Returns y [B, T, H, V] in the dtype of q, and the log-sum-exp of the scores [B, T, H], float32
+    or wider. A query that sees nothing gives 0, with log-sum-exp `EMPTY`.
+    Raises ConfigError if H is not a multiple of G or the implementation is unknown.
+    """
+    if q.shape[2] % k.shape[2]:
+        raise ConfigError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key-value heads.")
+    known = {"reference": definition, "xla": blockwise}
+    if implementation not in (None, *known):
+        raise ConfigError(
+            f"attention has no implementation {implementation!r}: {nearest(implementation, known)}"
+        )
+    run = definition if q.shape[1] == 1 else known[implementation or "xla"]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    at = q_position, q_document, k_position, k_document
+    return run(q, k, v, *at, window=window, sinks=sinks, scale=scale)
+
+
+def definition(
+    q, k, v, q_position, q_document, k_position, k_document, *, window, sinks, scale
+) -> tuple[jax.Array, jax.Array]:
+    """What `attention` computes, with all T x S scores at once; returns y and log-sum-exp."""
+    (B, T, H, K), G = q.shape, k.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=wide) * scale
+    queries = q_position[..., None], q_document[..., None]
+    sees = visible(*queries, k_position[:, None], k_document[:, None], window, sinks)  # [B, T, S]
+    scores = jnp.where(sees[:, None, None], scores, MASKED)
+    lse = jnp.maximum(jax.nn.logsumexp(scores, -1), EMPTY)  # [B, G, R, T]
+    weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)  # 0 where masked
+    y = jnp.einsum("bgrts,bsgv->btgrv", weights, v, preferred_element_type=wide)
+    lse = lse.transpose(0, 3, 1, 2).reshape(B, T, H)
+    return y.reshape(B, T, H, v.shape[-1]).astype(q.dtype), lse

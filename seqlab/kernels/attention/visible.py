@@ -1,0 +1,40 @@
+"""Who sees whom: the one mask of softmax attention, token by token and block by block."""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # the score of a key that is not visible, set before any exp
+EMPTY = MASKED / 2  # log-sum-exp of a query that sees nothing: exp(MASKED - EMPTY) is exactly 0
+FAR = 2**30
+
+
+def visible(q_position, q_document, k_position, k_document, window: int | None, sinks: int):
+    """Broadcasting: [..., T, 1] queries against [..., 1, S] keys -> bool [..., T, S]."""
+    same = (q_document == k_document) & (k_document >= 0)
+    return (
+        same & (k_position <= q_position) & _near(q_position, k_position, k_position, window, sinks)
+    )
+
+
+def visible_blocks(q_at: jax.Array, k_at: jax.Array, window: int | None, sinks: int):
+    """Blocks [N, M] in which some query may see some key; never misses one that does.
+
+    q_at [2, N, B, C], k_at [2, M, B, C]: position and document of each token. Decided from the
+    extent of each block, so the cost is that of N * M numbers, not of T * S.
+    """
+    (q_first, q_from), (q_last, q_to) = (a[:, :, None] for a in _extent(q_at))  # [2, N, 1, B]
+    (k_first, k_from), (k_last, k_to) = (a[:, None] for a in _extent(k_at))  # [2, 1, M, B]
+    overlap = (k_from <= q_to) & (q_from <= k_to) & (k_first <= q_last)
+    return jnp.any(overlap & _near(q_first, k_last, k_first, window, sinks), -1)
+
+
+def _near(q_position, k_last, k_first, window, sinks):
+    if window is None:
+        return True
+    return (q_position - k_last < window) | (k_first < sinks)
+
+
+def _extent(at):
+    """Smallest and largest position and document of each block's tokens: two of [2, N, B]."""
+    token = at[1] >= 0
+    return jnp.min(jnp.where(token, at, FAR), -1), jnp.max(jnp.where(token, at, -FAR), -1)

@@ -1,0 +1,40 @@
+"""What a model is made of: parameters and the bytes it remembers, block by block."""
+
+import jax
+from flax import nnx
+
+from seqlab.layers.registry import mixer_name
+from seqlab.models.lm import LM, Config
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """Weights of a model, which may be abstract."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def state_bytes(model: LM) -> int:
+    """Bytes of state for one sequence, whatever its length."""
+    return _bytes(jax.eval_shape(lambda: model.init_state(1)))
+
+
+def table(model: LM) -> list[dict]:
+    """Rows of `block`, `mixer`, `parameters` (all repeats) and `state_bytes` (per sequence)."""
+    c: Config = model.config
+    states = jax.eval_shape(lambda: model.init_state(1))
+    rows = [{"block": "embedding", "mixer": "", "parameters": parameter_count(model.embed)}]
+    for i, (mixer, block, state) in enumerate(zip(c.pattern, model.blocks, states, strict=True)):
+        rows.append(
+            {
+                "block": f"{i} x {c.repeats}",
+                "mixer": mixer_name(mixer) + ("" if c.ffn is None else " + ffn"),
+                "parameters": parameter_count(block),
+                "state_bytes": _bytes(state),
+            }
+        )
+    rest = parameter_count(model.norm) + (parameter_count(model.head) if model.head else 0)
+    rows.append({"block": "norm" if model.head is None else "norm, head", "parameters": rest})
+    return [{"mixer": "", "state_bytes": 0} | row for row in rows]
+
+
+def _bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,116 @@
+"""A run is one frozen config; a config file is Python that defines `config`."""
+
+import pathlib
+import re
+import runpy
+import sys
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from seqlab import settings
+from seqlab.errors import ConfigError, SeqlabError
+from seqlab.models import lm
+from seqlab.train import optimizer
+from seqlab.train.data import Data
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How many devices share the batch, the sequence and the heads (see `parallel.use_mesh`)."""
+
+    data: PositiveInt = 1
+    seq: PositiveInt = 1
+    model: PositiveInt = 1
+    strategy: str = "all_gather"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Save every so many steps and keep the newest few; a failed save warns or stops the run."""
+
+    every: PositiveInt = 200
+    keep: PositiveInt = 2
+    on_failure: Literal["warn", "stop"] = "warn"
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb: str | None = None  # the name of a Weights & Biases project
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run.
+
+    steps          optimizer steps; each sees data.batch rows of data.length tokens
+    accumulate     parts that a batch is cut in, to fit memory; the result is the same
+    evaluate_every steps between evaluations on data.held_out; 0 is only at the end
+    samples        prompts continued by `sample_tokens` tokens at the end, for the report
+    max_bad_steps  steps in a row whose gradients may be NaN or infinite (they are skipped)
+    """
+
+    model: lm.Config
+    data: Data
+    steps: PositiveInt
+    optimizer: optimizer.Config = optimizer.Config()
+    accumulate: PositiveInt = 1
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate_every: NonNegativeInt = 100
+    samples: tuple[str, ...] = ()
+    sample_tokens: NonNegativeInt = 300
+    track: Track = Track()
+    max_bad_steps: PositiveInt = 20
+    seed: NonNegativeInt = 0
+
+    def __post_init__(self):
+        if self.data.batch % self.accumulate:
+            raise ConfigError(
+                f"data.batch = {self.data.batch} does not divide into accumulate = "
+                f"{self.accumulate} parts: change one of them."
+            )
+        for name, axis, size in (
+            ("batch", "data", self.data.batch // self.accumulate),
+            ("length", "seq", self.data.length),
+        ):
+            devices = getattr(self.mesh, axis)
+            if size % devices:
+                raise ConfigError(
+                    f"data.{name} gives {size} per step, which does not divide over "
+                    f"mesh.{axis} = {devices} devices: change one of them."
+                )
+
+
+#: What may differ between a run and its continuation.
+MAY_CHANGE = ("steps", "mesh", "checkpoint", "evaluate_every", "samples", "sample_tokens", "track")
+
+
+def load(path: str | pathlib.Path, overrides: list[str] | None = None) -> Config:
+    """The `config` of a Python file, with `dotted.name=value` overrides applied.
+
+    The file may import modules that lie beside it, such as a mixer of your own.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"There is no config file {path}: give the path of a .py file.")
+    name = re.sub(r"\W", "_", path.stem)
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        config = runpy.run_path(str(path), run_name=name).get("config")
+    except SeqlabError as error:
+        raise type(error)(f"{path}: {error}") from None
+    except Exception as error:
+        message = str(error).splitlines()[0] if str(error) else ""
+        raise ConfigError(
+            f"The config file {path} raised {type(error).__name__}: {message}: mend the file."
+        ) from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path} defines no `config`: assign a seqlab.train.config.Config to it.")
+    return settings.override(config, overrides or [])

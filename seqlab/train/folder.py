@@ -1,0 +1,79 @@
+"""The run folder: which run it holds, and whether this config may go on with it."""
+
+import json
+import os
+import pathlib
+
+from seqlab import settings
+from seqlab.errors import CheckpointError, ConfigError
+from seqlab.train.config import MAY_CHANGE, Config
+
+FORMAT = 1
+
+
+def describe(config: Config) -> dict:
+    """config.json: the model and its tokenizer where every saved model has them, then the run."""
+    run = settings.plain(config)
+    model = run.pop("model")
+    return {"format": FORMAT, "model": model, "tokenizer": config.data.tokenizer, "run": run}
+
+
+def prepare(folder: pathlib.Path, config: Config) -> bool:
+    """Make the folder, or see that it holds this very run; writes config.json.
+
+    Returns whether the folder held the run already. Raises ConfigError, naming the first field
+    that differs, where it holds another one.
+    """
+    path, now = folder / "config.json", describe(config)
+    held = path.exists()
+    if held:
+        _same_run(folder, _read(path), now)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run: choose another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".json.part")
+        part.write_text(json.dumps(now, indent=1) + "\n", "utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {path} ({error.strerror}): choose a run folder you can write."
+        ) from error
+    return held
+
+
+def _read(path: pathlib.Path) -> dict:
+    try:
+        then = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        then = None
+    if not isinstance(then, dict) or then.get("format") != FORMAT or "run" not in then:
+        raise CheckpointError(
+            f"{path} is damaged or of another version of seqlab: restore it, or start another run."
+        )
+    return then
+
+
+def _same_run(folder: pathlib.Path, then: dict, now: dict) -> None:
+    then, now = ({**d, "run": {**d["run"], **dict.fromkeys(MAY_CHANGE)}} for d in (then, now))
+    different = _difference(then, now, "")
+    if different:
+        raise ConfigError(
+            f"{folder} holds a run that differs in {different}: give the run another folder "
+            "(--out), or remove that one."
+        )
+
+
+def _difference(then, now, name: str) -> str:
+    """'a.b (was 1, is 2)' of the first field that differs; empty if none does."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            found = _difference(then.get(key), now.get(key), f"{name}.{key}")
+            if found:
+                return found
+        return ""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        pairs = enumerate(zip(then, now, strict=True))
+        return next(filter(None, (_difference(a, b, f"{name}.{i}") for i, (a, b) in pairs)), "")
+    name = name.removeprefix(".").removeprefix("run.")
+    return "" if then == now else f"{name} (was {json.dumps(then)}, is {json.dumps(now)})"

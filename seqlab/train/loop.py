@@ -1,0 +1,241 @@
+"""The training loop: start or resume, step, evaluate, save, and stop where it is asked to."""
+
+import contextlib
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from seqlab.train.checkpoint import Checkpoints, RunLock
+from seqlab.train.progress import Progress
+from seqlab.train.sinks import open_sinks
+
+from seqlab.errors import ConfigError, NumericalError
+from seqlab.models.lm import LM
+from seqlab.models.parameters import bind, decays
+from seqlab.models.tokenizer import Tokenizer, load_tokenizer
+from seqlab.parallel.mesh import use_mesh
+from seqlab.train import folder as run_folder
+from seqlab.train import state as states
+from seqlab.train.config import Config
+from seqlab.train.data import Loader
+from seqlab.train.held_out import held_out_batches
+from seqlab.train.signals import StopRequest
+from seqlab.train.step import make_evaluation, make_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    model: LM
+    tokenizer: Tokenizer
+    step: int
+    finished: bool  # False where a signal ended it early; calling `train` again goes on
+    trained: bool  # False where the folder already held the finished run
+
+
+def train(
+    config: Config, folder: str | pathlib.Path, *, say: Callable[[str], object] = print
+) -> Outcome:
+    """Train in a run folder: start, go on from its newest good checkpoint, or see that it is done.
+
+    Raises ConfigError where the folder holds another run or a running one, CheckpointError where
+    all its checkpoints are damaged, NumericalError after `max_bad_steps` bad steps in a row.
+    """
+    folder = pathlib.Path(folder)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model = states.skeleton(config.model)
+    _check(config, model, tokenizer)
+    m = config.mesh
+    with contextlib.ExitStack() as stack:
+        mesh = stack.enter_context(use_mesh(m.data, m.seq, m.model, strategy=m.strategy))
+        run_folder.prepare(folder, config)
+        stack.enter_context(RunLock(folder))
+        return _Run(config, folder, say, tokenizer, model, mesh, stack).go()
+
+
+def _check(config: Config, model: LM, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab > config.model.vocab:
+        raise ConfigError(
+            f"The tokenizer {config.data.tokenizer!r} has {tokenizer.vocab} ids but the model "
+            f"only {config.model.vocab}: set model.vocab={tokenizer.vocab}."
+        )
+    limit = model.max_length
+    if limit is not None and config.data.length > limit:
+        raise ConfigError(
+            f"data.length = {config.data.length} is beyond max_length = {limit} of a mixer in "
+            "model.pattern: shorten the one or lengthen the other."
+        )
+
+
+class _Run:
+    def __init__(self, config, folder, say, tokenizer, model, mesh, stack):
+        self.config, self.folder, self.say = config, folder, say
+        self.tokenizer, self.model, self.mesh, self.stack = tokenizer, model, mesh, stack
+        self.optimizer = config.optimizer.build(config.steps, decays(model))
+        self.rate = config.optimizer.learning_rate(config.steps)
+        self.checkpoints = self._closing(
+            Checkpoints(
+                folder / "checkpoints",
+                keep=config.checkpoint.keep,
+                on_failure=config.checkpoint.on_failure,
+                on_warning=lambda text: self.say(text),
+            )
+        )
+        self.step, self.tokens, self.position, self.fingerprint = 0, 0, None, None
+        self.state = self._start_or_resume()
+
+    def go(self) -> Outcome:
+        config, first = self.config, self.step
+        if self.step >= config.steps:
+            self.say(
+                f"{self.folder} is finished at step {self.step}: "
+                "to train further, give a larger steps=."
+            )
+            return self._outcome(trained=False)
+        if first:
+            self.say(f"Going on in {self.folder} from step {first} of {config.steps}.")
+        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self.loader = self._closing(
+            Loader(
+                config.data,
+                self.tokenizer,
+                start=self.position,
+                fingerprint=self.fingerprint,
+                **processes,
+            )
+        )
+        self.held_out = held_out_batches(config.data, self.tokenizer, **processes)
+        for note in (*self.loader.notes, *self.held_out.notes):
+            self.say(note)
+        self.sinks = self._closing(
+            open_sinks(
+                self.folder,
+                start_step=first,
+                tensorboard=config.track.tensorboard,
+                wandb_project=config.track.wandb,
+                config=run_folder.describe(config),
+                warn=lambda text: self.say(text),
+            )
+        )
+        self.progress = self._closing(Progress(config.steps, first))
+        self.say = self.progress.note
+        self.train_step = make_step(self.model, self.optimizer, config.accumulate)
+        self.evaluate_batch = make_evaluation(self.model)
+        with StopRequest() as stop:
+            self._steps(stop)
+        if self.step >= config.steps and not stop.signal:
+            self._evaluate()
+        self._save()
+        self.checkpoints.wait()
+        if stop.signal:
+            self.say(f"{stop.signal}: saved at step {self.step}; run the same command to go on.")
+        return self._outcome(trained=True)
+
+    def _steps(self, stop: StopRequest) -> None:
+        """Metrics are fetched one step late, so that the device never waits for the host."""
+        pending, began, last = None, time.monotonic(), time.monotonic()
+        while self.step < self.config.steps and not stop.signal:
+            asked = time.monotonic()
+            batch = states.place(next(self.loader), self.mesh)
+            waited = time.monotonic() - asked
+            params, optimizer, metrics = self.train_step(*self.state, batch)
+            self.state = states.State(params, optimizer)
+            self.step += 1
+            if pending is not None:
+                last = self._record(*pending, last, began)
+            pending = (self.step, metrics, waited)
+            if self._due(self.config.checkpoint.every) or self._due(self.config.evaluate_every):
+                last = self._record(*pending, last, began)
+                pending = None
+                if self._due(self.config.evaluate_every):
+                    self._evaluate()
+                if self._due(self.config.checkpoint.every):
+                    self._save()
+                last = time.monotonic()  # speeds leave out evaluating and saving
+        if pending is not None:
+            self._record(*pending, last, began)
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0 and self.step < self.config.steps
+
+    def _record(self, step, metrics, waited, last, began) -> float:
+        """Log the row of a step that has ended; returns when that was."""
+        metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        tokens, seconds = metrics.pop("tokens"), max(now - last, 1e-9)
+        self.tokens += tokens
+        bad = metrics.pop("bad_steps")
+        row = {
+            "step": step,
+            "loss": metrics["loss"],
+            "bits_per_byte": self._bits(metrics["loss"], self.loader.bytes_per_token),
+            "lr": float(self.rate(step - 1)),
+            "grad_norm": metrics["grad_norm"],
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / seconds,
+            "data_wait": min(waited / seconds, 1.0),
+            "seconds": now - began,
+        }
+        self._log(row)
+        if bad:
+            self.say(f"step {step}: the gradient is not finite; the update was skipped.")
+        if bad >= self.config.max_bad_steps:
+            raise NumericalError(
+                f"The gradient was not finite for {bad} steps up to step {step}: lower "
+                "optimizer.lr or optimizer.clip; the newest checkpoint is from before."
+            )
+        return now
+
+    def _evaluate(self) -> None:
+        if not len(self.held_out):
+            return
+        nats = tokens = 0.0
+        for batch in self.held_out:
+            total = self.evaluate_batch(self.state.params, states.place(batch, self.mesh))
+            nats, tokens = nats + float(total.nats), tokens + float(total.tokens)
+        loss = nats / max(tokens, 1)
+        bits = self._bits(loss, self.held_out.bytes_per_token)
+        self._log({"step": self.step, "held_out_loss": loss, "held_out_bits_per_byte": bits})
+
+    def _log(self, row: dict) -> None:
+        if jax.process_index() == 0:
+            self.sinks.log(row["step"], row)
+            self.progress.update(row)
+
+    @staticmethod
+    def _bits(nats_per_token: float, bytes_per_token: float) -> float:
+        return nats_per_token / math.log(2) / bytes_per_token
+
+    def _save(self) -> None:
+        self.sinks.sync()
+        self.checkpoints.save(
+            self.step,
+            states.to_arrays(self.state),
+            {
+                "step": self.step,
+                "tokens": self.tokens,
+                "position": self.loader.position,
+                "fingerprint": self.loader.fingerprint,
+            },
+        )
+
+    def _start_or_resume(self) -> states.State:
+        like = states.abstract(self.model, self.optimizer, self.mesh)
+        restored = self.checkpoints.latest(states.to_arrays(like))
+        if restored is None:
+            return states.start(self.config.model, self.config.seed, self.optimizer, like)
+        self.step, self.tokens = restored.step, restored.metadata["tokens"]
+        self.position = restored.metadata["position"]
+        self.fingerprint = restored.metadata["fingerprint"]
+        return states.from_arrays(restored.arrays, like)
+
+    def _outcome(self, *, trained: bool) -> Outcome:
+        model = bind(self.model, self.state.params)
+        return Outcome(model, self.tokenizer, self.step, self.step >= self.config.steps, trained)
+
+    def _closing(self, thing):
+        return self.stack.enter_context(contextlib.closing(thing))

@@ -1,0 +1,29 @@
+"""SIGTERM and SIGINT end training after the current step; a second one ends it at once."""
+
+import os
+import signal
+import threading
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Within this context, `signal` names the first signal that came, or is None."""
+
+    def __init__(self):
+        self.signal: str | None = None
+        self._before: dict = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._arrived) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _arrived(self, number, _frame) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)  # nothing is half-written: a step appears when it is complete
+        self.signal = signal.Signals(number).name

@@ -1,0 +1,72 @@
+"""What training carries from step to step, on any mesh, and as named arrays for checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from seqlab.models import lm
+from seqlab.models.lm import LM
+from seqlab.models.parameters import axes, parameters
+from seqlab.parallel.mesh import DATA, weight_sharding
+from seqlab.train.corpus import Batch
+
+
+class State(NamedTuple):
+    params: dict[str, jax.Array]
+    optimizer: Any
+
+
+def skeleton(config: lm.Config) -> LM:
+    """The model without its numbers: every weight a ShapeDtypeStruct."""
+    return jax.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+
+
+def abstract(model: LM, optimizer: optax.GradientTransformation, mesh) -> State:
+    """Shapes, dtypes and places of the state. An optimizer's moments lie where their weights do."""
+    params, names = parameters(model), axes(model)
+    place = {name: weight_sharding(a.shape, names[name], mesh) for name, a in params.items()}
+    everywhere = NamedSharding(mesh, P())
+
+    def placed(path, leaf):
+        name = getattr(path[-1], "key", None)
+        sharding = place.get(name, everywhere) if leaf.ndim else everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = State(params, jax.eval_shape(optimizer.init, params))
+    return jax.tree_util.tree_map_with_path(placed, state)
+
+
+def start(config: lm.Config, seed: int, optimizer, like: State) -> State:
+    """The state before the first step, each weight made on the devices that hold it."""
+
+    def make():
+        params = parameters(config.build(rngs=nnx.Rngs(seed)))
+        return State(params, optimizer.init(params))
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda a: a.sharding, like))()
+
+
+def to_arrays(state: State) -> dict[str, jax.Array]:
+    """`{"params/blocks.0...": array, "optimizer/...": array}`"""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def from_arrays(arrays: Mapping[str, jax.Array], like: State) -> State:
+    """The state that `to_arrays` named."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree.unflatten(treedef, [arrays[_name(path)] for path, _ in paths])
+
+
+def place(batch: Batch, mesh) -> Batch:
+    """This process's rows as the global batch, split over the mesh axis `data`."""
+    rows = NamedSharding(mesh, P(DATA, None))
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(rows, a), Batch(*batch))
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,358 @@
+"""Softmax attention: the kernel against its definition and torch, the mixer against its law."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from seqlab.conformance.tolerance import GRADIENT, assert_close
+from seqlab.errors import ConfigError, ModelError
+from seqlab.kernels.attention import EMPTY, attention, definition
+from seqlab.kernels.attention.visible import visible, visible_blocks
+from seqlab.kernels.attention.xla import blockwise
+from seqlab.layers.mixers.attention import Config, _held
+from seqlab.layers.rope import positions, rope
+
+B, BLOCK = 2, 16
+
+# T, S, heads, kv heads, window, sinks
+CASES = [
+    (37, 53, 4, 2, None, 0),
+    (16, 64, 2, 2, 9, 0),
+    (33, 5, 3, 1, 7, 2),
+    (2, 130, 2, 1, 40, 3),
+]
+
+
+def tokens(T, S, H, G, seed=0, dtype=np.float64, K=6, V=5):
+    """Random everything, in no order: any mask is allowed. Query 0 of every row sees nothing."""
+    r = np.random.default_rng(seed)
+    q, k, v = (r.normal(size=s) for s in [(B, T, H, K), (B, S, G, K), (B, S, G, V)])
+    q_position, k_position = (r.integers(0, 60, (B, n)) for n in (T, S))
+    q_document, k_document = r.integers(0, 3, (B, T)), r.integers(-1, 3, (B, S))
+    q_document[:, 0] = -1
+    at = q_position, q_document, k_position, k_document
+    return [a.astype(dtype) for a in (q, k, v)], [a.astype(np.int32) for a in at]
+
+
+def with_gradients(run, qkv, at, options):
+    """y, log-sum-exp, and the gradients of q, k, v of a loss that weighs every output."""
+
+    def loss(qkv):
+        y, lse = run(*qkv, *at, **options)
+        seen = jnp.where(lse > EMPTY, lse, 0)
+        return jnp.sum(jnp.sin(y.astype(lse.dtype))) + jnp.sum(jnp.cos(seen)), (y, lse)
+
+    gradients, (y, lse) = jax.jit(jax.grad(loss, has_aux=True))([jnp.asarray(a) for a in qkv])
+    return (y, lse), gradients
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_blockwise_equals_the_definition(case):
+    T, S, H, G, window, sinks = case
+    options = {"window": window, "sinks": sinks, "scale": 0.7}
+    with jax.enable_x64(True):
+        qkv, at = tokens(T, S, H, G)
+        outputs, gradients = with_gradients(
+            functools.partial(blockwise, block=BLOCK), qkv, at, options
+        )
+        expected, expected_gradients = with_gradients(definition, qkv, at, options)
+        assert outputs[0].dtype == jnp.float64
+        assert_close(outputs, expected)
+        assert_close(gradients, expected_gradients, GRADIENT)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_narrow_operands_keep_their_dtype_and_accumulate_in_float32(dtype):
+    options = {"window": None, "sinks": 0, "scale": 0.4}
+    qkv, at = tokens(37, 53, 4, 2)
+    qkv = [jnp.asarray(a, dtype) for a in qkv]
+    run = functools.partial(blockwise, block=BLOCK)
+    (y, lse), gradients = with_gradients(run, qkv, at, options)
+    (y_, _), gradients_ = with_gradients(
+        definition, [a.astype(jnp.float32) for a in qkv], at, options
+    )
+    assert y.dtype == dtype and lse.dtype == jnp.float32
+    assert_close(y, y_)
+    assert_close(gradients, gradients_, GRADIENT)
+
+
+@pytest.mark.parametrize("run", [definition, functools.partial(blockwise, block=BLOCK)])
+def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(run):
+    qkv, at = tokens(37, 53, 4, 2, dtype=np.float32)
+    options = {"window": None, "sinks": 0, "scale": 0.7}
+    (y, lse), gradients = with_gradients(run, qkv, at, options)
+    assert (y[:, 0] == 0).all() and (lse[:, 0] == np.float32(EMPTY)).all()
+    assert (y[:, 1:] != 0).any((2, 3)).mean() > 0.9
+    assert (gradients[0][:, 0] == 0).all()
+    assert all(jnp.isfinite(g).all() for g in gradients)
+    at[3][:] = -1  # nothing to see for anybody
+    (y, _), gradients = with_gradients(run, qkv, at, options)
+    assert (y == 0).all() and all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (6, 2)])
+def test_attention_equals_torch(window, sinks):
+    """An independent oracle on packed documents: the mask is written out pair by pair."""
+    lengths, H, G = [11, 1, 21], 4, 2
+    position = np.concatenate([np.arange(n) for n in lengths])
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    T = len(position)
+
+    def sees(t, s):
+        near = window is None or t - s < window or position[s] < sinks
+        return document[s] == document[t] and s <= t and near
+
+    mask = torch.tensor([[sees(t, s) for s in range(T)] for t in range(T)])
+    with jax.enable_x64(True):
+        qkv, _ = tokens(T, T, H, G)
+        theirs = [torch.tensor(a).transpose(1, 2).requires_grad_() for a in qkv]
+        y = torch.nn.functional.scaled_dot_product_attention(
+            *theirs, attn_mask=mask, enable_gqa=True
+        )
+        y.sin().sum().backward()
+
+        at = [jnp.broadcast_to(a.astype(np.int32), (B, T)) for a in (position, document)]
+        run = lambda *qkv: attention(*qkv, *at, *at, window=window, sinks=sinks)
+        ours, pull = jax.vjp(jax.jit(run), *map(jnp.asarray, qkv))
+        assert_close(ours, y.detach().transpose(1, 2).numpy())
+        expected = [a.grad.transpose(1, 2).numpy() for a in theirs]
+        assert_close(list(pull(jnp.cos(ours))), expected, GRADIENT)
+
+
+@pytest.mark.parametrize("block", [1, BLOCK])
+def test_visible_blocks_miss_no_visible_pair_and_skip_what_is_empty(block):
+    for seed in range(12):
+        _, (qp, qd, kp, kd) = tokens(48, 64, 1, 1, seed=seed)
+        kd[:, 16:32] = -1
+        window, sinks = [(None, 0), (8, 0), (8, 2)][seed % 3]
+        split = lambda a: np.stack(np.split(a, a.shape[1] // block, 1))
+        q_at, k_at = (np.stack([split(a), split(b)]) for a, b in [(qp, qd), (kp, kd)])
+        seen = visible_blocks(q_at, k_at, window, sinks)
+        pairs = visible(qp[..., None], qd[..., None], kp[:, None], kd[:, None], window, sinks)
+        pairs = pairs.reshape(B, 48 // block, block, 64 // block, block).any((0, 2, 4))
+        assert not (pairs & ~seen).any()
+        assert not seen[:, 16 // block : 32 // block].any()
+        assert block > 1 or (pairs == seen).all()
+
+
+@pytest.mark.parametrize(("window", "band"), [(None, 8), (17, 2), (18, 3)])
+def test_work_is_that_of_the_visible_blocks(window, band):
+    """The causal triangle, or a band of it: a window of C + 1 reaches one block back, no more."""
+    at = np.zeros((2, 8, B, BLOCK), np.int32)
+    at[0] = np.arange(8 * BLOCK).reshape(8, 1, BLOCK)
+    seen = visible_blocks(at, at, window, 0)
+    n = np.arange(8)
+    lag = n[:, None] - n
+    assert (seen == ((lag >= 0) & (lag < band))).all()
+
+
+def test_no_array_is_as_large_as_all_scores():
+    n, shape = 4096, jax.ShapeDtypeStruct((1, 4096, 1, 4), jnp.float32)
+    at = [jax.ShapeDtypeStruct((1, n), jnp.int32)] * 4
+
+    def bytes_of(implementation):
+        loss = lambda qkv, at: jnp.sum(attention(*qkv, *at, implementation=implementation))
+        compiled = jax.jit(jax.grad(loss)).lower([shape] * 3, at).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert bytes_of("reference") > n * n * 4
+    assert bytes_of("xla") < n * n / 8
+
+
+def test_attention_refuses_unknown_implementations_and_odd_head_groups():
+    qkv, at = tokens(3, 3, 4, 2, dtype=np.float32)
+    with pytest.raises(ConfigError, match="'xlaa'.*did you mean 'xla'"):
+        attention(*qkv, *at, implementation="xlaa")
+    qkv, at = tokens(3, 3, 4, 3, dtype=np.float32)
+    with pytest.raises(ConfigError, match="4 query heads cannot share 3"):
+        attention(*qkv, *at)
+
+
+def test_positions_count_from_the_start_of_each_document():
+    reset = np.zeros((2, 6), bool)
+    reset[0, 2] = reset[0, 5] = reset[1, 0] = True
+    expected = [[7, 8, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
+    got = positions(jnp.asarray(reset), jnp.array([7, 3], jnp.int32))
+    assert got.dtype == jnp.int32 and got.tolist() == expected
+
+
+def test_rope_is_a_rotation_of_complex_numbers():
+    r = np.random.default_rng(0)
+    x, at = r.normal(size=(B, 5, 3, 8)), r.integers(0, 1000, (B, 5))
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(
+        1j * at[..., None, None] * 100.0 ** (-np.arange(4) / 4)
+    )
+    with jax.enable_x64(True):
+        got = rope(jnp.asarray(x), jnp.asarray(at), 100.0)
+        assert_close(got, np.concatenate([turned.real, turned.imag], -1))
+
+
+# the mixer
+
+T, D = 42, 12
+MIXERS = {
+    "full": Config(heads=2, max_length=T),
+    "window": Config(heads=3, kv_heads=1, window=5, rope_base=None, qkv_bias=True),
+    "sinks": Config(heads=4, kv_heads=2, head_dim=6, window=5, sinks=2, qk_norm=True),
+}
+
+
+@functools.cache
+def build(config):
+    mixer = config.build(D, rngs=nnx.Rngs(0))
+    noise = lambda path, a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype)
+    return jax.tree_util.tree_map_with_path(noise, mixer)  # biases and norms off their start
+
+
+def inputs(seed=0, resets=3):
+    """x [B, T, D], reset [B, T]; one document per row if resets == 0."""
+    r = np.random.default_rng(seed)
+    reset = np.zeros((B, T), bool)
+    for row in reset[:, 1:]:
+        row[r.choice(T - 1, resets, replace=False)] = True
+    return jnp.asarray(r.normal(size=(B, T, D))), jnp.asarray(reset)
+
+
+def feed(run, x, reset, cuts, state=None):
+    """The outputs of the pieces between cuts, joined, and the last state."""
+    ys = []
+    for start, stop in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
+        y, state = run(x[:, start:stop], state, reset=reset[:, start:stop])
+        ys.append(y)
+    return jnp.concatenate(ys, 1), state
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_pieces_equal_the_whole_across_ring_and_resets(name):
+    with jax.enable_x64(True):
+        mixer = build(MIXERS[name])
+        empty = jax.tree.map(
+            lambda a: a.astype(jnp.promote_types(a.dtype, "f8")) if a.dtype == "f4" else a,
+            mixer.init_state(B),
+        )
+        run = jax.jit(mixer.__call__)
+        for seed, resets in [(0, 3), (1, 0)]:
+            x, reset = inputs(seed, resets)
+            whole = feed(run, x, reset, [], empty)
+            assert whole[0].dtype == whole[1].k.dtype == jnp.float64
+            for cuts in [range(1, T), [1, 8, 15, 16, 23, 30, 37, *range(38, T)]]:
+                assert_close(feed(run, x, reset, cuts, empty), whole)
+
+
+def test_slots_keep_the_first_tokens_and_a_ring_of_the_last():
+    """The layout that saved states rely on."""
+    ends = jnp.array([0, 1, 3, 9], jnp.int32)
+    expected = [[-1] * 6, [0] + [-1] * 5, [0, 1, 2, -1, -1, -1], [0, 1, 6, 7, 8, 5]]
+    assert _held(ends, 2, 4).tolist() == expected
+
+
+def test_the_state_of_a_packed_row_is_that_of_its_last_document():
+    mixer = build(MIXERS["sinks"])
+    x, _ = inputs()
+    x = x.astype(jnp.float32)
+    reset = jnp.zeros((B, T), bool).at[:, 30].set(True)
+    y, state = jax.jit(mixer.__call__)(x, None, reset=reset)
+    alone = jax.jit(mixer.__call__)(x[:, 30:], None)
+    assert_close((y[:, 30:], state), alone)
+    assert (state.k[:, 2 + 5 :] == 0).all() and state.position.tolist() == [12, 12]
+
+
+@pytest.mark.parametrize("name", ["window", "sinks"])
+def test_each_output_depends_on_exactly_the_tokens_it_may_see(name):
+    """Also far behind the window and over a cut: sinks stay, everything else is forgotten."""
+    config = MIXERS[name]
+    mixer = build(config)
+    x = inputs(2)[0][:1].astype(jnp.float32)
+    reset = jnp.zeros((1, T), bool).at[0, 4].set(True)
+
+    def last_of_each(x):
+        y, _ = feed(mixer, x, reset, [20])
+        return jnp.sum(y[0], -1)  # [T]
+
+    touched = (jax.jit(jax.jacrev(last_of_each))(x)[:, 0] != 0).any(-1)
+    t, s = np.arange(T)[:, None], np.arange(T)
+    start = np.where(t < 4, 0, 4)
+    expected = (s <= t) & (s >= start)
+    expected &= (t - s < config.window) | (s - start < config.sinks)
+    assert (touched == expected).all()
+
+
+def test_gradients_pass_through_the_state():
+    with jax.enable_x64(True):
+        mixer = build(MIXERS["sinks"])
+        x, reset = inputs(3, resets=1)
+        state = jax.jit(mixer.__call__)(x[:, :9], None, reset=reset[:, :9])[1]
+        state = jax.tree.map(lambda a: a.astype("f8") if a.dtype == "f4" else a, state)
+
+        def loss(mixer, kv, x, cuts):
+            y, last = feed(mixer, x, reset, cuts, state._replace(k=kv[0], v=kv[1]))
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(last.k)) + jnp.sum(jnp.cos(last.v))
+
+        gradient = lambda cuts: jax.jit(
+            jax.grad(lambda mixer, kv, x: loss(mixer, kv, x, cuts), argnums=(0, 1, 2))
+        )(jax.tree.map(lambda a: a.astype("f8"), mixer), (state.k, state.v), x)
+        whole = gradient([])
+        assert all((jnp.abs(g) > 0).any() for g in jax.tree.leaves(whole))
+        assert_close(gradient([15]), whole, GRADIENT)
+
+
+def test_a_state_can_be_donated():
+    mixer = build(MIXERS["window"])
+    run = jax.jit(mixer.__call__, donate_argnums=1)
+    y, state = run(jnp.ones((B, 1, D)), mixer.init_state(B))
+    assert run(jnp.ones((B, 1, D)), state)[1].position.tolist() == [2, 2]
+
+
+def test_low_precision_input_keeps_its_dtype_and_a_float32_state():
+    mixer = build(MIXERS["window"])
+    x, reset = inputs()
+    run = jax.jit(mixer.__call__)
+    y, state = run(x.astype(jnp.bfloat16), None, reset=reset)
+    assert y.dtype == jnp.bfloat16 and state.k.dtype == state.v.dtype == jnp.float32
+    expected, _ = run(x.astype(jnp.float32), None, reset=reset)
+    assert_close(y, expected)
+
+
+def test_full_attention_refuses_more_tokens_than_it_holds():
+    mixer = build(Config(heads=2, max_length=8))
+    assert mixer.max_length == 8 and build(MIXERS["window"]).max_length is None
+    x = jnp.ones((1, 9, D))
+    for run in (mixer, jax.jit(mixer.__call__)):
+        with pytest.raises(ModelError, match="max_length=8 cannot hold 9 tokens"):
+            run(x, None)
+    _, state = jax.jit(mixer.__call__)(x[:, :6], None)
+    with pytest.raises(ModelError, match="max_length=8 cannot hold 9 tokens"):
+        mixer(x[:, :3], state)
+
+
+def test_a_traced_document_that_outgrows_full_attention_is_nan_from_there_on():
+    run = jax.jit(build(Config(heads=2, max_length=8)).__call__)
+    x, reset = jnp.ones((2, 6, D)), jnp.zeros((2, 6), bool)
+    _, state = run(x, None, reset=reset)
+    y, state = run(x, state, reset=reset.at[1, 1].set(True))
+    assert jnp.isnan(y).all(-1).tolist() == [[False] * 2 + [True] * 4, [False] * 6]
+    y, state = run(x, state, reset=reset.at[0, 0].set(True))
+    assert jnp.isfinite(y[0]).all() and jnp.isnan(y[1, 3:]).all()
+    assert all(jnp.isfinite(a).all() for a in state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heads": 4, "kv_heads": 3}, "heads=4 is not divisible by kv_heads=3"),
+        ({"heads": 5}, "d_model=12 is not divisible by heads=5"),
+        ({"heads": 4}, "even head_dim, not 3"),
+        ({"heads": 0}, "heads must be at least 1, not 0"),
+        ({"window": 0}, "window must be at least 1, not 0"),
+        ({"sinks": 2}, "sinks=2 with window=None"),
+        ({"max_length": None}, "set max_length"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_in_one_sentence(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**fields).build(D, rngs=nnx.Rngs(0))

@@ -1,0 +1,47 @@
+"""Every mixer of seqlab holds the contract; a new file in `layers/mixers` is tested at once."""
+
+import functools
+
+import pytest
+
+from seqlab.conformance.suite import PROPERTIES, examine, title
+from seqlab.conformance.trial import Trial
+from seqlab.layers.registry import mixer_config, mixers
+
+ALONE = "sharded equals one device"  # slow to compile: variants that shard alike leave it out
+GRADIENTS = "gradients equal the step form"
+
+#: Configs that take other paths than the defaults.
+VARIANTS = {
+    "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 20}],
+    "mamba2": [{"groups": 2, "head_dim": 32, "dt_limit": (1e-2, 0.1), "chunk_size": 5}],
+}
+CASES = [(name, {}) for name in mixers()]
+CASES += [(name, fields) for name in VARIANTS for fields in VARIANTS[name]]
+
+
+@functools.cache
+def trial(name: str, fields: tuple) -> Trial:
+    return Trial(mixer_config(name, **dict(fields)))
+
+
+def _called(case) -> str:
+    name, fields = case
+    return ",".join([name, *(f"{key}={value}" for key, value in fields.items())])
+
+
+def _param(case):
+    name = _called(case)  # with `--dist loadgroup`, one worker compiles all of a mixer
+    return pytest.param(case, id=name, marks=pytest.mark.xdist_group(name))
+
+
+@pytest.mark.parametrize("prove", PROPERTIES, ids=title)
+@pytest.mark.parametrize("case", map(_param, CASES))
+def test_mixer_has_the_property(case, prove):
+    name, fields = case
+    if fields and title(prove) == ALONE:
+        pytest.skip("its default config shards alike")
+    row = examine(prove, trial(name, tuple(fields.items())))
+    assert row.passed, f"{row.note} (error {row.error}, allowed {row.allowed})"
+    if row.property == GRADIENTS:
+        assert row.allowed < 1e-9, f"not in float64: {row.note}"
