@@ -36,8 +36,8 @@ def state_shape_is_fixed(trial: Trial) -> Finding:
     ]
     for T in (1, 2, trial.odd, trial.length):
         wrong += _changes(trial, T)
-    size = sum(leaf.nbytes for leaf in one.values())
-    return Finding(float(len(wrong)), 0.0, wrong[0] if wrong else f"{size:,} bytes per sequence")
+    size = f"{trial.bytes_per_sequence():,} bytes per sequence"
+    return Finding(float(len(wrong)), 0.0, wrong[0] if wrong else size)
 
 
 def future_is_not_seen(trial: Trial) -> Finding:

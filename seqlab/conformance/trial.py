@@ -30,6 +30,7 @@ class Trial:
     """
 
     def __init__(self, config: Any, d_model: int = 32, length: int = 40, seed: int = 0):
+        self.given, self.d_model = config, d_model
         self.config, self.adjusted = _exercised(config, length)
         self.mixer = _stirred(_build(self.config, d_model), seed)
         self.length = length
@@ -53,6 +54,13 @@ class Trial:
 
     def empty(self, batch: int = BATCH):
         return self.mixer.init_state(batch)
+
+    def bytes_per_sequence(self) -> int:
+        """Of the state, for the config as it was given."""
+        empty = lambda: _build(self.given, self.d_model).init_state(1)
+        return sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(empty))
+        )
 
     @functools.cached_property
     def state(self):
@@ -143,7 +151,7 @@ def _exercised(config, length: int) -> tuple[Any, list[str]]:
     """The config with chunks and windows shorter than the trial, and what changed."""
     limits = {"chunk_size": 16, "window": 12}
     sizes = {name: getattr(config, name, None) for name in (*limits, "max_length")}
-    smaller = {n: limits[n] for n in limits if isinstance(sizes[n], int) and 2 * sizes[n] > length}
+    smaller = {n: limits[n] for n in limits if isinstance(sizes[n], int) and sizes[n] >= length}
     room = {"max_length": 2 * length} if isinstance(sizes["max_length"], int) else {}
     changes = {**smaller, **room}
     if not changes:
