@@ -13,6 +13,14 @@ from seqlab.errors import CheckpointError
 CONTENTS = "contents.json"
 
 
+def steps(folder: pathlib.Path) -> list[int]:
+    """The steps in a folder of checkpoints, whole or damaged, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = (path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
 def groups(arrays: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
     """`{"params/a": x}` -> `{"params": {"a": x}}`: what is read apart is stored apart."""
     apart: dict[str, dict] = {}

@@ -13,33 +13,31 @@ import pathlib
 
 from seqlab.errors import CheckpointError
 
-MANIFEST = "manifest.json"
-FORMAT = 1
+MANIFEST = "manifest.json"  # {"files": {name: sha256}}; versions stand in files it vouches for
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib"}
 
 
 def write_manifest(folder: pathlib.Path) -> None:
     """Hash every file of the folder and flush it all to disk, the manifest last."""
     names = _files(folder)
-    for name in names:
-        _flush(folder / name)
+    for path in (
+        *(folder / name for name in names),
+        *filter(pathlib.Path.is_dir, folder.rglob("*")),
+    ):
+        flush(path)
     part = folder / (MANIFEST + ".part")
-    part.write_text(json.dumps({"format": FORMAT, "files": _hashes(folder, names)}, indent=1))
-    _flush(part)
+    part.write_text(json.dumps({"files": _hashes(folder, names)}, indent=1), "utf-8")
+    flush(part)
     os.replace(part, folder / MANIFEST)
-    _flush(folder)
+    flush(folder)
 
 
 def verify(folder: pathlib.Path) -> None:
     """Raises CheckpointError, naming the first file at fault, unless all is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        expected = manifest["files"]
-        known = manifest["format"] == FORMAT and isinstance(expected, dict)
+        expected = dict(json.loads((folder / MANIFEST).read_text("utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder} has no readable {MANIFEST}: it is incomplete.") from None
-    if not known:
-        raise CheckpointError(f"{folder} was written by another version of seqlab: update seqlab.")
     names = set(_files(folder)) - {MANIFEST}
     for name in sorted(names ^ set(expected)):
         raise CheckpointError(
@@ -48,6 +46,15 @@ def verify(folder: pathlib.Path) -> None:
     for name, found in _hashes(folder, sorted(names)).items():
         if found != expected[name]:
             raise CheckpointError(f"{folder / name} is not as it was written: it is damaged.")
+
+
+def flush(path: pathlib.Path) -> None:
+    """Return once a file, or the names in a folder, are on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def refuse_pickles(folder: pathlib.Path) -> None:
@@ -77,11 +84,3 @@ def _hashes(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def _flush(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
+import warnings
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from seqlab import settings
 from seqlab.errors import CheckpointError, ModelError
 from seqlab.models import artifacts, lm
 from seqlab.models import tokenizer as tokenizers
-from seqlab.models.arrays import read_arrays
+from seqlab.models.arrays import read_arrays, steps
 from seqlab.models.parameters import bind, parameters
 from seqlab.models.tokenizer import Tokenizer
 
@@ -34,25 +34,26 @@ def save(model: lm.LM, path: str | os.PathLike, *, tokenizer: str = "bytes") -> 
 
     tokenizer: "bytes", or the path of a tokenizer.json, which is copied into the folder.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).resolve()
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not free and not (path / WEIGHTS).exists():
         raise ModelError(f"{path} exists and holds no saved model: choose another path.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    aside = path.with_name(f".{path.name}.new-{os.getpid()}")
     try:
+        aside.mkdir(parents=True)
         if tokenizer != "bytes":
             copy_tokenizer(tokenizer, aside)
         config = {"format": FORMAT, "model": settings.plain(model.config), "tokenizer": tokenizer}
         (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
         safetensors.flax.save_file(parameters(model), aside / WEIGHTS, {"format": "seqlab"})
         artifacts.write_manifest(aside)
-        if path.exists():
-            shutil.rmtree(path)
-        aside.rename(path)
-    except BaseException:
+        _take_place(aside, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelError(
+            f"Cannot save a model at {path} ({error}): free space or choose another path."
+        ) from error
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
     return path
 
 
@@ -99,6 +100,21 @@ def fingerprint(model: lm.LM) -> str:
     return digest.hexdigest()
 
 
+def _take_place(aside: pathlib.Path, path: pathlib.Path) -> None:
+    """Rename `aside` to `path`; what is there goes when the new folder stands."""
+    before = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if not path.exists():
+        aside.rename(path)
+        return
+    path.rename(before)
+    try:
+        aside.rename(path)
+    except OSError:
+        before.rename(path)
+        raise
+    shutil.rmtree(before)
+
+
 def _fields(path: pathlib.Path) -> dict:
     if not path.exists():
         raise ModelError(f"There is no model at {path}: give a run folder or a saved model.")
@@ -122,24 +138,23 @@ def _config(path: pathlib.Path) -> lm.Config:
 
 
 def _newest(folder: pathlib.Path, like: dict) -> dict[str, jax.Array]:
-    steps = [p for p in folder.iterdir() if p.name.isascii() and p.name.isdigit()]
-    fault = None
-    for step in sorted(steps, key=lambda p: int(p.name), reverse=True):
+    fault = CheckpointError(f"{folder} holds no checkpoint yet: train first.")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    named = {
+        f"params/{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
+        for name, a in like.items()
+    }
+    for step in reversed(steps(folder)):
         try:
-            artifacts.refuse_pickles(step)
-            artifacts.verify(step)
+            artifacts.refuse_pickles(folder / str(step))
+            artifacts.verify(folder / str(step))
         except CheckpointError as error:
-            fault = fault or error
+            warnings.warn(f"Checkpoint {step} is passed over: {error}", stacklevel=3)
+            fault = error
             continue
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        named = {
-            f"params/{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
-            for name, a in like.items()
-        }
-        return {n.removeprefix("params/"): a for n, a in read_arrays(step, named).items()}
-    raise CheckpointError(
-        str(fault) if fault else f"{folder} holds no checkpoint yet: train first."
-    )
+        arrays = read_arrays(folder / str(step), named)
+        return {name.removeprefix("params/"): array for name, array in arrays.items()}
+    raise fault
 
 
 def _weights(path: pathlib.Path, like: dict) -> dict[str, jax.Array]:

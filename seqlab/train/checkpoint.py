@@ -1,22 +1,27 @@
 """Checkpoints that are whole or absent: written aside, hashed, renamed; verified before use."""
 
 import concurrent.futures
+import fcntl
+import itertools
 import json
+import logging
 import os
 import pathlib
+import re
 import shutil
 import socket
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
 from seqlab.errors import CheckpointError, ConfigError
 from seqlab.models import artifacts
-from seqlab.models.arrays import CONTENTS, describe, groups, read_arrays, read_contents
+from seqlab.models.arrays import CONTENTS, describe, groups, read_arrays, read_contents, steps
 
+LOCK = "lock"
 _SAVING = "saving-"  # prefix of a step that is being written
 
 
@@ -45,7 +50,8 @@ class Checkpoints:
     ):
         self.folder = pathlib.Path(folder).resolve()
         self.keep, self.on_failure, self.on_warning = keep, on_failure, on_warning
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        logging.getLogger("absl").addFilter(_not_of_orbax)
+        self._checkpointer = _checkpointer()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seqlab-checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
 
@@ -62,7 +68,8 @@ class Checkpoints:
         # on a CPU orbax reads the buffers themselves, which a donating step would overwrite
         copies = jax.tree.map(lambda a: a.copy(), groups(arrays))
         try:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left in self.folder.glob(f"{_SAVING}*"):  # of saves that a crash cut short
+                shutil.rmtree(left)
             aside.mkdir(parents=True)
             items = {group: ocp.args.StandardSave(tree) for group, tree in copies.items()}
             self._checkpointer.save(aside / "arrays", args=ocp.args.Composite(**items))
@@ -90,10 +97,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that are there, whole or damaged, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        names = (path.name for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        return steps(self.folder)
 
     def latest(self, like: Mapping[str, jax.ShapeDtypeStruct]) -> Restored | None:
         """The newest good step, its arrays placed as the shardings in `like` say; None if there
@@ -103,8 +107,8 @@ class Checkpoints:
         CheckpointError if steps are there but all are damaged, or if a good one holds other
         arrays than `like`.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        held = self.steps()
+        for step in reversed(held):
             folder = self.folder / str(step)
             try:
                 artifacts.refuse_pickles(folder)
@@ -115,7 +119,7 @@ class Checkpoints:
                 self.on_warning(f"Checkpoint {step} was set aside as {aside.name}: {error}")
                 continue
             return Restored(step, read_arrays(folder, like), contents["metadata"])
-        if steps or self._damaged():
+        if held or any(self.folder.glob("*.damaged*")):
             raise CheckpointError(
                 f"Every checkpoint in {self.folder} is damaged: restore one from a copy, or remove "
                 "the folder to begin anew."
@@ -129,68 +133,90 @@ class Checkpoints:
         (aside / CONTENTS).write_text(json.dumps(contents), "utf-8")
         artifacts.write_manifest(aside)
         os.rename(aside, self.folder / str(step))
+        artifacts.flush(self.folder)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
-        for left in self.folder.glob(f"{_SAVING}*"):  # of saves that a crash cut short
-            shutil.rmtree(left, ignore_errors=True)
 
     def _failed(self, step: int, error: BaseException) -> None:
         shutil.rmtree(self.folder / f"{_SAVING}{step}", ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0:1] or type(error)
+        self._checkpointer.close()  # it would report this error again at the next save
+        self._checkpointer = _checkpointer()
         message = (
-            f"Saving step {step} in {self.folder} failed ({reason}); earlier checkpoints are "
-            "intact: free space or mend the folder."
+            f"Saving step {step} in {self.folder} failed ({_reason(error)}); earlier checkpoints "
+            "are intact: free space or mend the folder."
         )
         if self.on_failure == "stop":
             raise CheckpointError(message) from error
         self.on_warning(message)
 
-    def _damaged(self) -> bool:
-        return self.folder.is_dir() and any(self.folder.glob("*.damaged*"))
-
 
 class RunLock:
-    """Held while a process trains in a folder; another one is refused."""
+    """Held while a process trains in a folder, which is made if need be; another one is refused.
+
+    It is a lock of the operating system, so it ends with its process however that ends: a run that
+    was killed goes on at once, on another host and under another process number too.
+    """
 
     def __init__(self, folder: str | os.PathLike):
-        self.path = pathlib.Path(folder) / "lock.json"
+        self.path = pathlib.Path(folder) / LOCK
 
     def __enter__(self) -> "RunLock":
         if jax.process_index() != 0:
             return self
-        mine = {"pid": os.getpid(), "host": socket.gethostname()}
         try:
-            holder = json.loads(self.path.read_text("utf-8"))
-        except (OSError, ValueError):
-            holder = None
-        if isinstance(holder, dict) and holder != mine and _alive(holder):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _locked(self.path)
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
+        except OSError as error:
             raise ConfigError(
-                f"{self.path.parent} is in use by process {holder.get('pid')} on "
-                f"{holder.get('host')}: wait for it, or stop it first."
-            )
-        self.path.write_text(json.dumps(mine), "utf-8")
+                f"Cannot write {self.path} ({error.strerror}): choose a run folder you can write."
+            ) from error
         return self
 
     def __exit__(self, *_) -> None:
         if jax.process_index() == 0:
             self.path.unlink(missing_ok=True)
+            self._file.close()
 
 
-def _alive(holder: dict) -> bool:
-    """Whether the process that took a lock may still run; one on another host may."""
-    if holder.get("host") != socket.gethostname():
-        return True
-    try:
-        os.kill(int(holder["pid"]), 0)
-    except (KeyError, TypeError, ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
+def _locked(path: pathlib.Path) -> IO[str]:
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open while it is held)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ConfigError(
+                f"{path.parent} is in use by {holder}: wait for it, or stop it first."
+            ) from None
+        file.close()  # its holder removed it just now
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs every error, with tracebacks, that it raises as well: `Checkpoints` reports it."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _reason(error: BaseException) -> str:
+    """A few words: what the operating system said, if it is in there (tensorstore writes pages)."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return said[:200] or type(error).__name__
 
 
 def _set_aside(folder: pathlib.Path) -> pathlib.Path:
-    number, aside = 1, folder.with_name(folder.name + ".damaged")
-    while aside.exists():
-        number, aside = number + 1, folder.with_name(f"{folder.name}.damaged{number}")
-    return folder.rename(aside)
+    numbers = itertools.chain([""], itertools.count(2))
+    names = (folder.with_name(f"{folder.name}.damaged{number}") for number in numbers)
+    return folder.rename(next(aside for aside in names if not aside.exists()))
