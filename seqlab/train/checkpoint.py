@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: written aside, hashed, renamed; verified before use."""
 
 import concurrent.futures
+import contextlib
 import fcntl
 import itertools
 import json
@@ -139,7 +140,8 @@ class Checkpoints:
 
     def _failed(self, step: int, error: BaseException) -> None:
         shutil.rmtree(self.folder / f"{_SAVING}{step}", ignore_errors=True)
-        self._checkpointer.close()  # it would report this error again at the next save
+        with contextlib.suppress(Exception):  # this one would report its error at the next save too
+            self._checkpointer.close()
         self._checkpointer = _checkpointer()
         message = (
             f"Saving step {step} in {self.folder} failed ({_reason(error)}); earlier checkpoints "
