@@ -20,10 +20,7 @@ _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib"}
 def write_manifest(folder: pathlib.Path) -> None:
     """Hash every file of the folder and flush it all to disk, the manifest last."""
     names = [name for name in _files(folder) if name != MANIFEST]
-    for path in (
-        *(folder / name for name in names),
-        *filter(pathlib.Path.is_dir, folder.rglob("*")),
-    ):
+    for path in folder.rglob("*"):
         flush(path)
     part = folder / (MANIFEST + ".part")
     part.write_text(json.dumps({"files": _hashes(folder, names)}, indent=1), "utf-8")
