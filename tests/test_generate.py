@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from seqlab.conformance.tolerance import assert_close
 from seqlab.errors import ConfigError, DataError, ModelError
@@ -10,6 +11,8 @@ from seqlab.infer import decode
 from seqlab.infer.generate import generate
 from seqlab.infer.sample import Sampling
 from seqlab.infer.session import Session
+from seqlab.layers.registry import mixer_config
+from seqlab.models import lm
 from tests.leaky import VOCAB, tiny
 
 RNG = np.random.default_rng(0)
@@ -206,3 +209,19 @@ def test_more_tokens_than_the_model_holds_are_refused_before_any_work():
     with pytest.raises(ModelError, match="max_length"):
         session.generate(5)
     assert session.complete(4).lengths[0] == 4
+
+
+def test_a_hybrid_of_real_mixers_decodes_ragged_prompts_as_it_recomputes_them():
+    pattern = (mixer_config("gla"), mixer_config("mamba2"), mixer_config("attention", window=8))
+    config = lm.Config(vocab=VOCAB, d_model=16, pattern=pattern, tie_embeddings=False)
+    model = config.build(rngs=nnx.Rngs(0))
+    session = fed(model, RAGGED, chunk_size=16)
+    tokens = session.complete(9).tokens
+    longest = max(len(row) for row in RAGGED) + 9
+    rows = [np.concatenate([row, t]) for row, t in zip(RAGGED, tokens, strict=True)]
+    padded = np.stack([np.pad(row, (0, longest - len(row))) for row in rows])
+    whole = np.asarray(jax.jit(lambda tokens: model(tokens)[0])(padded))
+    for b, row in enumerate(rows):
+        n = len(row)
+        np.testing.assert_array_equal(tokens[b], whole[b, n - 10 : n - 1].argmax(-1))
+        assert_close(session.logits[b], whole[b, n - 1])

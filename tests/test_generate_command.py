@@ -21,8 +21,6 @@ from seqlab.models.parameters import bind, parameters
 from seqlab.models.tokenizer import ByteTokenizer
 from tests.leaky import tiny
 
-MODEL = pathlib.Path("model")
-
 
 @pytest.fixture(scope="module")
 def writer():
@@ -33,18 +31,17 @@ def writer():
     return bind(model, {**params, "head.weight": 2 * params["head.weight"] * letters})
 
 
-@pytest.fixture(autouse=True)
-def stored(writer, monkeypatch):
-    monkeypatch.setattr(store, "load", lambda path: writer)
-    monkeypatch.setattr(store, "load_tokenizer", lambda path: ByteTokenizer())
+@pytest.fixture(scope="module")
+def saved(writer, tmp_path_factory):
+    return store.save(writer, tmp_path_factory.mktemp("models") / "writer")
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, saved):
     """The printed lines and exit status of the command."""
 
-    def run(**options):
-        status = generate(MODEL, **{"steps": 40, "temperature": 0.7, "top_k": 6, **options})
+    def run(model=saved, **options):
+        status = generate(model, **{"steps": 40, "temperature": 0.7, "top_k": 6, **options})
         return capsys.readouterr().out, status
 
     return run
@@ -207,9 +204,13 @@ def test_a_text_that_has_ended_needs_a_prompt_to_go_on(run, writer, tmp_path):
     assert len(run(state=tmp_path / "s", prompt="b", steps=7)[0]) == 8
 
 
-def test_logits_that_are_not_finite_are_an_error_after_the_text(writer, monkeypatch, run, capsys):
+def test_logits_that_are_not_finite_are_an_error_after_the_text(writer, run, tmp_path, capsys):
     broken = bind(writer, {name: jnp.nan * a for name, a in parameters(writer).items()})
-    monkeypatch.setattr(store, "load", lambda path: broken)
     with pytest.raises(ModelError, match="not finite"):
-        run(prompt="a")
+        run(store.save(broken, tmp_path / "broken"), prompt="a")
     assert capsys.readouterr().out == "\n"
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run, tmp_path):
+    with pytest.raises(ModelError, match="has 257 ids but its model's vocabulary is 17"):
+        run(store.save(tiny(), tmp_path / "small"), prompt="a")

@@ -14,7 +14,8 @@ from seqlab.infer.sample import Sampling
 from seqlab.infer.session import Block, Session
 from seqlab.infer.terminal import Terminal
 from seqlab.models import store
-from seqlab.models.tokenizer import ByteTokenizer, Tokenizer
+from seqlab.models.lm import LM
+from seqlab.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 PACE = 0.1  # seconds between two pieces of text on the screen
 
@@ -52,7 +53,7 @@ def generate(
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampling = settings.read(Sampling, choices, where="generate")
     _check(prompt, prompt_file, steps, batch, stop, save_state, state)
-    lm, tokenizer = store.load(model), store.load_tokenizer(model)
+    lm, tokenizer = _load(model)
     session = Session(lm) if state is None else Session.load(lm, state)
     before = session.position[0] if session.batch else 0
     if prompt is not None or prompt_file is not None:
@@ -167,6 +168,16 @@ def _check(prompt, prompt_file, steps, batch, stop, save_state, state) -> None:
         raise ConfigError("The stop string is empty: give at least one character, or no --stop.")
     if save_state is not None and not save_state.resolve().parent.is_dir():
         raise ConfigError(f"The folder of --save-state {save_state} does not exist: create it.")
+
+
+def _load(path: pathlib.Path) -> tuple[LM, Tokenizer]:
+    model, tokenizer = store.load(path), load_tokenizer(store.tokenizer_of(path))
+    if tokenizer.vocab > model.config.vocab:
+        raise ModelError(
+            f"The tokenizer of {path} has {tokenizer.vocab} ids but its model's vocabulary is "
+            f"{model.config.vocab}: use the tokenizer that the model was trained with."
+        )
+    return model, tokenizer
 
 
 def _ids(

@@ -20,8 +20,10 @@ from flax import nnx
 from seqlab import settings
 from seqlab.errors import CheckpointError, ModelError
 from seqlab.models import artifacts, lm
+from seqlab.models import tokenizer as tokenizers
 from seqlab.models.arrays import read_arrays
 from seqlab.models.parameters import bind, parameters
+from seqlab.models.tokenizer import Tokenizer
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -73,11 +75,11 @@ def load(path: str | os.PathLike) -> lm.LM:
     return bind(skeleton, _weights(path / WEIGHTS, parameters(skeleton)))
 
 
-def tokenizer_of(path: str | os.PathLike) -> str:
-    """What `load_tokenizer` takes to give the tokenizer that a model was trained with."""
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer that a saved model or a run was trained with."""
     path = pathlib.Path(path)
-    own = path / "tokenizer.json"
-    return str(own) if own.is_file() else str(_fields(path).get("tokenizer", "bytes"))
+    spec, own = _fields(path).get("tokenizer", "bytes"), path / "tokenizer.json"
+    return tokenizers.load_tokenizer(str(own) if own.is_file() else str(spec))
 
 
 def copy_tokenizer(spec: str, folder: pathlib.Path) -> None:
@@ -148,7 +150,7 @@ def _weights(path: pathlib.Path, like: dict) -> dict[str, jax.Array]:
     for name in arrays.keys() & like.keys():
         if (arrays[name].shape, arrays[name].dtype) != (like[name].shape, like[name].dtype):
             raise ModelError(
-                f"{path}: {name} is {arrays[name].dtype}{list(arrays[name].shape)}, its config says "
-                f"{like[name].dtype}{list(like[name].shape)}: they are of two models."
+                f"{path}: {name} is {arrays[name].dtype}{list(arrays[name].shape)} and "
+                f"{like[name].dtype}{list(like[name].shape)} in its config: they are of two models."
             )
     return arrays

@@ -1,0 +1,5 @@
+"""Meshes and the transport of states along them; knows nothing of any recurrence."""
+
+from seqlab.parallel.mesh import make_mesh, use_mesh
+
+__all__ = ["make_mesh", "use_mesh"]

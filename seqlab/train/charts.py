@@ -213,18 +213,9 @@ def _marker(points: Curve) -> str | None:
 
 
 def _median(axes: Axes, theme: Theme, train: Curve) -> None:
-    median = float(np.median(train.finite.values))
-    axes.axhline(median, color=theme.muted, lw=1.0, ls=(0, (5, 3)), zorder=2)
-    axes.annotate(
-        f"median {readable.count(median)}",
-        (1, median),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        fontsize=9,
-        color=theme.ink,
-    )
+    label = f"median {readable.count(float(np.median(train.finite.values)))}"
+    corner = {"transform": axes.transAxes, "ha": "right", "va": "bottom"}
+    axes.text(0.99, 0.05, label, color=theme.ink, fontsize=9, **corner)
 
 
 def _legend(axes: Axes, theme: Theme, place: Literal["best", "upper right"]) -> None:
@@ -263,10 +254,12 @@ def _scale(axes: Axes, chart: Chart, limits: Frame) -> None:
     axes.set_ylim(limits.low, limits.high)
     if chart.key == "tokens_per_second":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    elif limits.log or chart.key == "lr":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    elif limits.log:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
-        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        plain = ScalarFormatter(useOffset=False)
+        plain.set_scientific(False)
+        axes.yaxis.set_major_formatter(plain)
 
 
 def _span(axes: Axes, chart: Chart, steps: np.ndarray) -> None:

@@ -12,8 +12,8 @@ from pydantic.dataclasses import dataclass
 from seqlab import settings
 from seqlab.errors import ConfigError, SeqlabError
 from seqlab.models import lm
-from seqlab.train import optimizer
 from seqlab.train.data import Data
+from seqlab.train.optimizer import Config as Optimizer
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Config:
     model: lm.Config
     data: Data
     steps: PositiveInt
-    optimizer: optimizer.Config = optimizer.Config()
+    optimizer: Optimizer = Optimizer()
     accumulate: PositiveInt = 1
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()

@@ -8,9 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-from seqlab.train.checkpoint import Checkpoints, RunLock
-from seqlab.train.progress import Progress
-from seqlab.train.sinks import open_sinks
 
 from seqlab.errors import ConfigError, NumericalError
 from seqlab.models.lm import LM
@@ -19,10 +16,13 @@ from seqlab.models.tokenizer import Tokenizer, load_tokenizer
 from seqlab.parallel.mesh import use_mesh
 from seqlab.train import folder as run_folder
 from seqlab.train import state as states
+from seqlab.train.checkpoint import Checkpoints, RunLock
 from seqlab.train.config import Config
 from seqlab.train.data import Loader
 from seqlab.train.held_out import held_out_batches
+from seqlab.train.progress import Progress
 from seqlab.train.signals import StopRequest
+from seqlab.train.sinks import open_sinks
 from seqlab.train.step import make_evaluation, make_step
 
 

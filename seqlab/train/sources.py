@@ -17,8 +17,9 @@ from pydantic.dataclasses import dataclass
 from seqlab.errors import DataError, nearest
 
 STDLIB = "python:stdlib"
-#: Not of the library proper: what was installed into it, and test suites, which some systems lack.
-_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+#: Not sources of the library proper: what was installed into it, test suites (some systems lack
+#: them) and generated texts.
+_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 TOGETHER = 2**20  # characters that a tokenizer gets at once, to work on in parallel
 Part = Literal["train", "held_out", "all"]
 
@@ -28,7 +29,7 @@ class Text:
     """UTF-8 files, a document each, named by path or by pattern (`**` goes into folders).
 
     files: paths and patterns, or "python:stdlib": the source files of Python's standard library,
-        its tests left out.
+        without its tests.
     part: "held_out" is the share `held_out` of the files, chosen by sha256 of each name relative
         to the fixed part of its pattern; "train" is the rest; "all" is both.
     weight: share of the rows, relative to the weights of the other sources.

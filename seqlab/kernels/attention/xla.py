@@ -7,7 +7,7 @@ the gradient; scores are recomputed.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ def blockwise(
     k, v = _blocks(k, D).swapaxes(2, 3), _blocks(v, D).swapaxes(2, 3)  # [M, B, G, D, K or V]
     q_at = jnp.stack([_blocks(q_position, C), _blocks(q_document, C, fill=-1)])  # [2, N, B, C]
     k_at = jnp.stack([_blocks(k_position, D), _blocks(k_document, D, fill=-1)])
-    y, lse = _attention(Options(window, sinks, scale), q, k, v, q_at, k_at)
+    outputs: Any = _attention(Options(window, sinks, scale), q, k, v, q_at, k_at)
+    y, lse = outputs
     y = y.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, y.shape[-1])
     return y[:, :T], lse.transpose(1, 0, 4, 2, 3).reshape(B, -1, H)[:, :T]
 

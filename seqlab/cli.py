@@ -1,0 +1,159 @@
+"""The command line: one entry point, `seqlab`. Bad input is one sentence and a non-zero status."""
+
+import os
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+from seqlab.errors import SeqlabError
+
+app = typer.Typer(
+    name="seqlab",
+    help="New sequence architectures in JAX: train, generate, and prove that all forms agree.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Path = pathlib.Path
+MixerFiles = Annotated[
+    list[Path], typer.Option("--mixer", help="A mixer file of your own (it is run); repeatable.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Fields to override, dotted.")
+]
+
+
+def main() -> None:
+    """Run a command; errors of the user's input become one line and their exit status."""
+    try:
+        app()
+    except SeqlabError as error:
+        print(f"seqlab: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A Python file that defines `config`.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; runs/ and the config's name by default.")
+    ] = None,
+    mixer: MixerFiles = [],  # noqa: B006 (typer reads it)
+) -> None:
+    """Train a model, or go on with a run; leaves checkpoints, metrics, samples and a report."""
+    from seqlab import experiment
+    from seqlab.train.config import load
+
+    _register(mixer)
+    experiment.run(load(config, overrides), out or Path("runs") / config.stem)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A run folder or a saved model.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="A file to continue; - is standard input.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Tokens to add.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest that sum to p.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop below p times the likeliest.")] = None,
+    seed: int = 0,
+    batch: Annotated[int, typer.Option(help="Continuations, drawn independently.")] = 1,
+    stop: Annotated[str | None, typer.Option(help="End a text at this string.")] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Save the session here.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Go on from a saved session.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a row.")] = False,
+    mixer: MixerFiles = [],  # noqa: B006
+) -> None:
+    """Continue a text, streaming, in memory that does not grow."""
+    from seqlab.infer import command
+
+    _register(mixer)
+    status = command.generate(
+        model,
+        prompt=prompt,
+        prompt_file=prompt_file,
+        steps=steps,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        batch=batch,
+        stop=stop,
+        save_state=save_state,
+        state=state,
+        as_json=json,
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
+def check(
+    mixer: Annotated[str, typer.Argument(help="A mixer's name, or a file that defines one.")],
+    fields: Overrides = None,
+    d_model: int = 32,
+) -> None:
+    """Hold a mixer to the contract: one row a property, with its verdict and worst error."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)  # so that sharding can be tried anywhere
+    import rich
+
+    from seqlab.conformance import suite
+
+    report = suite.check(suite.load_mixer(mixer, fields or []), d_model=d_model)
+    rich.print(report.table())
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def tokenize(
+    files: Annotated[list[str], typer.Argument(help="Text files or patterns.")],
+    out: Annotated[str, typer.Option(help="Where the token shards go: a folder or a URL.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, or a tokenizer.json.")] = "bytes",
+    jsonl_field: Annotated[
+        str | None, typer.Option(help="The files are JSON lines; take this field.")
+    ] = None,
+) -> None:
+    """Write token shards (zarr, through tensorstore) that training reads row by row."""
+    from rich.console import Console
+
+    from seqlab.train import tokenize as shards
+
+    console = Console(stderr=True)
+    with console.status("tokenizing") as status:
+        show = lambda now: status.update(f"tokenizing: {now.documents:,} documents")
+        done = shards.tokenize(files, out, tokenizer, field=jsonl_field, on_progress=show)
+    for note in done.notes:
+        print(note, file=sys.stderr)
+    print(f"{out}: {done.documents:,} documents, {done.tokens:,} tokens, {done.bytes:,} bytes")
+
+
+@app.command()
+def doctor() -> None:
+    """Show devices, versions, and which implementation each kernel takes here."""
+    import rich
+
+    from seqlab import doctor as report
+
+    rich.print(report.machine())
+    rich.print(report.implementations())
+
+
+def _register(files: list[Path]) -> None:
+    if files:
+        from seqlab.layers.registry import register_file
+
+        for file in files:
+            register_file(file)

@@ -1,0 +1,51 @@
+"""What this machine has, and which implementation each recurrence takes on it."""
+
+import importlib.metadata
+import platform
+
+import jax
+from rich.table import Table
+
+from seqlab.kernels import attention, decayed_outer_product  # noqa: F401 (they enter the list)
+from seqlab.kernels.recurrence import RECURRENCES
+
+PACKAGES = ("seqlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore")
+OPTIONAL = {"tokenizers": "hf", "tensorboardX": "track", "wandb": "track"}
+
+
+def machine() -> Table:
+    """Versions and devices."""
+    rows = Table("what", "value", title="seqlab doctor")
+    rows.add_row("python", f"{platform.python_version()} on {platform.machine()}")
+    for package in PACKAGES:
+        rows.add_row(package, _version(package) or "run from its source folder")
+    for package, extra in OPTIONAL.items():
+        rows.add_row(package, _version(package) or f"absent: pip install 'seqlab[{extra}]'")
+    for kind, count in _counted(device.device_kind for device in jax.devices()).items():
+        rows.add_row("devices", f"{count} x {kind} ({jax.default_backend()})")
+    return rows
+
+
+def implementations() -> Table:
+    """Every recurrence, the forms it has, and the one that is taken here."""
+    backend = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+    rows = Table("recurrence", "here", "all forms", "sharded by", title="kernels")
+    for name, recurrence in sorted(RECURRENCES.items()):
+        by = "transition" if recurrence.transition else "relay"
+        here = recurrence.implementation_on(backend)
+        rows.add_row(name, here, ", ".join(recurrence.implementations), by)
+    return rows
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _counted(values) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts

@@ -1,0 +1,85 @@
+"""A whole experiment: train, continue the sample prompts, and leave a report a person enjoys."""
+
+import pathlib
+import zlib
+from collections.abc import Callable
+
+from seqlab.errors import SeqlabError
+from seqlab.infer.generate import generate
+from seqlab.models.summary import parameter_count, state_bytes, table
+from seqlab.train.config import Config
+from seqlab.train.held_out import held_out_text
+from seqlab.train.loop import Outcome, train
+from seqlab.train.metrics import read
+from seqlab.train.report import write_report
+
+TEMPERATURE = 0.8  # of the samples
+
+
+def run(config: Config, folder: pathlib.Path, *, say: Callable[[str], object] = print) -> Outcome:
+    """Train in `folder` (or go on there) and, when finished, write samples.txt and report.html."""
+    outcome = train(config, folder, say=say)
+    if outcome.finished and outcome.trained:
+        samples = continue_prompts(config, outcome)
+        text = "\n\n".join(f"{s['prompt']}{s['text']}" for s in samples)
+        (folder / "samples.txt").write_text(text + "\n", "utf-8")
+        baselines = compressed(config)
+        say(verdict(folder, baselines))
+        try:
+            page = report(config, folder, outcome, samples, baselines)
+            say(f"The report is in {page}")
+        except Exception as error:  # the run itself is whole; its page can be written again
+            say(f"The report could not be written ({type(error).__name__}: {error}).")
+    return outcome
+
+
+def continue_prompts(config: Config, outcome: Outcome) -> list[dict[str, str]]:
+    """Each of the config's sample prompts with its continuation."""
+    samples = []
+    for seed, prompt in enumerate(config.samples):
+        ids = outcome.tokenizer.prompt(prompt)
+        try:
+            tokens = generate(
+                outcome.model,
+                ids,
+                steps=config.sample_tokens,
+                temperature=TEMPERATURE,
+                stop=outcome.tokenizer.stop,
+                seed=seed,
+            )
+        except SeqlabError as error:
+            samples.append({"prompt": prompt, "text": "", "note": str(error)})
+            continue
+        kept = [token for token in tokens.tolist() if token != outcome.tokenizer.stop]
+        samples.append({"prompt": prompt, "text": outcome.tokenizer.decode(kept)})
+    return samples
+
+
+def compressed(config: Config) -> dict[str, float]:
+    """Bits per byte that a general compressor needs for the held-out text."""
+    text = held_out_text(config.data)
+    return {"zlib -9": 8 * len(zlib.compress(text, 9)) / len(text)} if text else {}
+
+
+def verdict(folder: pathlib.Path, baselines: dict[str, float]) -> str:
+    """The last held-out figure beside the baselines, in one line."""
+    rows = [row for row in read(folder / "metrics.jsonl") if "held_out_bits_per_byte" in row]
+    ours = f"held-out {rows[-1]['held_out_bits_per_byte']:.3f} bits/byte" if rows else "done"
+    return ", ".join([ours, *(f"{name} {bits:.3f}" for name, bits in baselines.items())])
+
+
+def report(config: Config, folder, outcome: Outcome, samples, baselines) -> pathlib.Path:
+    """Write report.html and its pictures; returns the page's path."""
+    facts = {
+        "parameters": parameter_count(outcome.model),
+        "state bytes per sequence": state_bytes(outcome.model),
+        "compute dtype": str(outcome.model.dtype),
+    }
+    return write_report(
+        folder,
+        title=folder.name,
+        model_table=table(outcome.model),
+        facts=facts,
+        samples=samples,
+        baselines=baselines,
+    )
