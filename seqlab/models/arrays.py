@@ -60,7 +60,9 @@ def read_arrays(
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # orbax's remarks on how it was called
-            restored = checkpointer.restore(step / "arrays", args=ocp.args.Composite(**restore))
+            restored = checkpointer.restore(
+                (step / "arrays").absolute(), args=ocp.args.Composite(**restore)
+            )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{step} cannot be read ({type(error).__name__}).") from error
     return {f"{g}/{name}": array for g in wanted for name, array in restored[g].items()}
