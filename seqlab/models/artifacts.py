@@ -89,10 +89,10 @@ def _manifest(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def _compare(folder: pathlib.Path, expected: dict[str, dict[str, Any]]) -> None:
-    names = set(_files(folder)) - {MANIFEST}
+    names = set(_files(folder))
     for name in sorted(names ^ set(expected)):
-        fault = "not in the manifest: remove" if name in names else "missing: restore"
-        raise CheckpointError(f"{folder / name} is {fault} it.")
+        fault = "not in the manifest: move it away, or" if name in names else "missing:"
+        raise CheckpointError(f"{folder / name} is {fault} restore the folder from a copy.")
     for name, wanted in expected.items():
         size = (folder / name).stat().st_size
         if size != wanted["size"]:
@@ -107,14 +107,14 @@ def _compare(folder: pathlib.Path, expected: dict[str, dict[str, Any]]) -> None:
 
 
 def _files(folder: pathlib.Path) -> list[str]:
-    """Relative names of all files; links are refused, since they may lead anywhere."""
+    """Relative names of all files but the manifest; a link is refused: it may lead anywhere."""
     found = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link: put the file itself there.")
         if path.is_file():
             found.append(path.relative_to(folder).as_posix())
-    return found
+    return [name for name in found if name != MANIFEST]
 
 
 def _in_parallel(read: Callable[[pathlib.Path], Any], folder, names: Iterable[str]) -> list:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.flax
@@ -185,15 +186,18 @@ def _read_step(step: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, j
     return {name.removeprefix(PARAMS): array for name, array in arrays.items()}
 
 
-def _weights(path: pathlib.Path, like: dict) -> dict[str, jax.Array]:
+def _weights(path: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays of a file as they are stored, float32 or narrower; `bind` compares the names."""
     try:
         arrays = safetensors.flax.load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is not readable ({error}): restore the file.") from None
-    for name in arrays.keys() & like.keys():
-        if (arrays[name].shape, arrays[name].dtype) != (like[name].shape, like[name].dtype):
+    for name in sorted(arrays.keys() & like.keys()):
+        array, wanted = arrays[name], like[name]
+        kind = jnp.floating if jnp.issubdtype(wanted.dtype, jnp.floating) else wanted.dtype
+        if array.shape != wanted.shape or not jnp.issubdtype(array.dtype, kind):
             raise ModelError(
-                f"{path}: {name} is {arrays[name].dtype}{list(arrays[name].shape)} and "
-                f"{like[name].dtype}{list(like[name].shape)} in its config: they are of two models."
+                f"{path}: {name} is {array.dtype}{list(array.shape)} and "
+                f"{wanted.dtype}{list(wanted.shape)} in its config: they are of two models."
             )
     return arrays

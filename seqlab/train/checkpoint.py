@@ -183,9 +183,8 @@ def _no_tracebacks(record: logging.LogRecord) -> bool:
 
 
 def _set_aside(folder: pathlib.Path) -> pathlib.Path:
-    number, aside = 1, folder.with_name(folder.name + ".damaged")
-    while aside.exists():
-        number, aside = number + 1, folder.with_name(f"{folder.name}.damaged{number}")
+    names = (f"{folder.name}.damaged{number}" for number in ("", *range(2, 1000)))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
     try:
         return folder.rename(aside)
     except OSError as error:
