@@ -2,28 +2,28 @@
 
 import concurrent.futures
 import contextlib
-import fcntl
-import itertools
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
-import socket
 import warnings
 from collections.abc import Callable, Mapping
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from seqlab.errors import CheckpointError, ConfigError
+from seqlab.errors import CheckpointError
 from seqlab.models import artifacts
-from seqlab.models.arrays import CONTENTS, describe, groups, read_arrays, read_contents, steps
+from seqlab.models.arrays import ARRAYS, CONTENTS, describe, groups, read_arrays, read_contents
+from seqlab.models.arrays import steps as steps_in
 
-LOCK = "lock"
 _SAVING = "saving-"  # prefix of a step that is being written
+_NONE, _ALL_DAMAGED = -1, -2
 
 
 class Restored(NamedTuple):
@@ -33,12 +33,14 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The steps of a run, in folders named by their number; the newest `keep` good ones stay.
+    """The steps of a run, in folders named by their number; the newest `keep` stay.
 
     `save` copies the arrays and returns; a thread writes them, hashes them and gives the folder
     its name, so that a folder with a number for a name is complete. A save that fails (a full
     disk, say) leaves earlier steps as they are and is reported at the next call: `on_failure`
     "warn" tells `on_warning`, "stop" raises CheckpointError.
+
+    With several processes each writes its part; process 0 alone names, removes and judges folders.
     """
 
     def __init__(
@@ -51,33 +53,36 @@ class Checkpoints:
     ):
         self.folder = pathlib.Path(folder).resolve()
         self.keep, self.on_failure, self.on_warning = keep, on_failure, on_warning
-        logging.getLogger("absl").addFilter(_not_of_orbax)
         self._checkpointer = _checkpointer()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seqlab-checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
+        self._newest: int | None = None
+        logging.getLogger("absl").addFilter(_no_tracebacks)
 
     def save(self, step: int, arrays: Mapping[str, jax.Array], metadata: Mapping) -> None:
         """Begin to save step `step`; the arrays may be donated when this returns.
 
-        Names are `group/name`; metadata is JSON. A step that is there already is left alone.
+        Names are `group/name`; metadata is strict JSON. The newest step is not saved twice.
         """
         self.wait()
-        if (self.folder / str(step)).exists():
+        if step == self._newest:
             return
-        aside = self.folder / f"{_SAVING}{step}"
-        contents = {"arrays": describe(arrays), "metadata": dict(metadata)}
-        # on a CPU orbax reads the buffers themselves, which a donating step would overwrite
-        copies = jax.tree.map(lambda a: a.copy(), groups(arrays))
+        contents = json.dumps(
+            {"arrays": describe(arrays), "metadata": dict(metadata)}, allow_nan=False
+        )
+        self._newest, aside = step, self.folder / f"{_SAVING}{step}"
         try:
-            for left in self.folder.glob(f"{_SAVING}*"):  # of saves that a crash cut short
-                shutil.rmtree(left)
-            aside.mkdir(parents=True)
-            items = {group: ocp.args.StandardSave(tree) for group, tree in copies.items()}
-            self._checkpointer.save(aside / "arrays", args=ocp.args.Composite(**items))
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                (aside / CONTENTS).write_text(contents, "utf-8")
+            apart = groups({name: _own(array) for name, array in arrays.items()})
+            items = {group: ocp.args.StandardSave(tree) for group, tree in apart.items()}
+            self._checkpointer.save(aside / ARRAYS, args=ocp.args.Composite(**items))
         except Exception as error:
             self._failed(step, error)
             return
-        self._pending = step, self._thread.submit(self._finish, step, aside, contents)
+        self._pending = step, self._thread.submit(self._finish, step, aside)
 
     def wait(self) -> None:
         """Until the save under way, if any, is on disk; reports it if it failed."""
@@ -95,54 +100,62 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._checkpointer.close()
+            logging.getLogger("absl").removeFilter(_no_tracebacks)
 
     def steps(self) -> list[int]:
         """The steps that are there, whole or damaged, oldest first."""
-        return steps(self.folder)
+        return steps_in(self.folder)
 
     def latest(self, like: Mapping[str, jax.ShapeDtypeStruct]) -> Restored | None:
         """The newest good step, its arrays placed as the shardings in `like` say; None if there
         never was one.
 
-        A damaged step is renamed aside with one warning, and the one before is used. Raises
-        CheckpointError if steps are there but all are damaged, or if a good one holds other
-        arrays than `like`.
+        A damaged step is renamed aside with one warning, and the one before is used; what a crash
+        left half-written is removed. Raises CheckpointError if steps are there but all are
+        damaged, or if the good one holds other arrays than `like`.
         """
-        held = self.steps()
-        for step in reversed(held):
-            folder = self.folder / str(step)
-            try:
-                artifacts.refuse_pickles(folder)
-                artifacts.verify(folder)
-                contents = read_contents(folder)
-            except CheckpointError as error:
-                aside = _set_aside(folder)
-                self.on_warning(f"Checkpoint {step} was set aside as {aside.name}: {error}")
-                continue
-            return Restored(step, read_arrays(folder, like), contents["metadata"])
-        if held or any(self.folder.glob("*.damaged*")):
+        self.wait()
+        judged = self._newest_good() if jax.process_index() == 0 else _NONE
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(judged)))
+        if step == _NONE:
+            return None
+        if step == _ALL_DAMAGED:
             raise CheckpointError(
                 f"Every checkpoint in {self.folder} is damaged: restore one from a copy, or remove "
                 "the folder to begin anew."
             )
-        return None
+        self._newest, folder = step, self.folder / str(step)
+        return Restored(step, read_arrays(folder, like), read_contents(folder)["metadata"])
 
-    def _finish(self, step: int, aside: pathlib.Path, contents: dict) -> None:
+    def _newest_good(self) -> int:
+        for left in self.folder.glob(f"{_SAVING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for step in reversed(self.steps()):
+            folder = self.folder / str(step)
+            try:
+                artifacts.verify(folder)
+                return step
+            except CheckpointError as error:
+                aside = _set_aside(folder)
+                self.on_warning(f"Checkpoint {step} was set aside as {aside.name}: {error}")
+        here = self.folder.iterdir() if self.folder.is_dir() else ()
+        damaged = any(re.fullmatch(r"\d+\.damaged\d*", path.name) for path in here)
+        return _ALL_DAMAGED if damaged else _NONE
+
+    def _finish(self, step: int, aside: pathlib.Path) -> None:
         self._checkpointer.wait_until_finished()
         if jax.process_index() != 0:
             return
-        (aside / CONTENTS).write_text(json.dumps(contents), "utf-8")
-        artifacts.write_manifest(aside)
-        os.rename(aside, self.folder / str(step))
-        artifacts.flush(self.folder)
+        artifacts.publish(aside, self.folder / str(step))
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
     def _failed(self, step: int, error: BaseException) -> None:
-        shutil.rmtree(self.folder / f"{_SAVING}{step}", ignore_errors=True)
-        with contextlib.suppress(Exception):  # this one would report its error at the next save too
+        self._newest = None
+        with contextlib.suppress(Exception):  # it would raise this error at the next save again
             self._checkpointer.close()
         self._checkpointer = _checkpointer()
+        shutil.rmtree(self.folder / f"{_SAVING}{step}", ignore_errors=True)
         message = (
             f"Saving step {step} in {self.folder} failed ({_reason(error)}); earlier checkpoints "
             "are intact: free space or mend the folder."
@@ -152,73 +165,37 @@ class Checkpoints:
         self.on_warning(message)
 
 
-class RunLock:
-    """Held while a process trains in a folder, which is made if need be; another one is refused.
-
-    It is a lock of the operating system, so it ends with its process however that ends: a run that
-    was killed goes on at once, on another host and under another process number too.
-    """
-
-    def __init__(self, folder: str | os.PathLike):
-        self.path = pathlib.Path(folder) / LOCK
-
-    def __enter__(self) -> "RunLock":
-        if jax.process_index() != 0:
-            return self
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _locked(self.path)
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._file.flush()
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot write {self.path} ({error.strerror}): choose a run folder you can write."
-            ) from error
-        return self
-
-    def __exit__(self, *_) -> None:
-        if jax.process_index() == 0:
-            self.path.unlink(missing_ok=True)
-            self._file.close()
-
-
-def _locked(path: pathlib.Path) -> IO[str]:
-    while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open while it is held)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise ConfigError(
-                f"{path.parent} is in use by {holder}: wait for it, or stop it first."
-            ) from None
-        file.close()  # its holder removed it just now
-
-
 def _checkpointer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs every error, with tracebacks, that it raises as well: `Checkpoints` reports it."""
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+def _own(array: jax.Array) -> jax.Array:
+    """A copy where orbax would read the buffer itself while a donating step overwrites it.
+
+    That is on a CPU; from an accelerator orbax has copied to the host before `save` returns.
+    """
+    return array.copy() if any(d.platform == "cpu" for d in array.devices()) else array
 
 
 def _reason(error: BaseException) -> str:
-    """A few words: what the operating system said, if it is in there (tensorstore writes pages)."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code:
-        return os.strerror(int(code[1]))
-    said = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return said[:200] or type(error).__name__
+    """'No space left on device', out of an OSError or of tensorstore's account of one."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    lines = str(error).splitlines()
+    return os.strerror(number) if number else lines[0] if lines else type(error).__name__
+
+
+def _no_tracebacks(record: logging.LogRecord) -> bool:
+    """Orbax logs every failure with a page of its threads; the error itself reaches us anyway."""
+    return "orbax" not in record.pathname
 
 
 def _set_aside(folder: pathlib.Path) -> pathlib.Path:
-    numbers = itertools.chain([""], itertools.count(2))
-    names = (folder.with_name(f"{folder.name}.damaged{number}") for number in numbers)
-    return folder.rename(next(aside for aside in names if not aside.exists()))
+    names = (f"{folder.name}.damaged{number}" for number in ("", *range(2, 1000)))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    try:
+        return folder.rename(aside)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is damaged and cannot be renamed ({error.strerror}): mend the permissions."
+        ) from error

@@ -3,11 +3,12 @@
 import json
 import os
 import pathlib
+import shutil
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ConfigError
-from seqlab.models.store import copy_tokenizer
-from seqlab.train.checkpoint import LOCK
+from seqlab.models.store import TOKENIZER
+from seqlab.train import lock
 from seqlab.train.config import MAY_CHANGE, Config
 
 FORMAT = 1
@@ -28,7 +29,7 @@ def check(folder: pathlib.Path, config: Config) -> None:
         _same_run(folder, _read(path), describe(config))
     elif folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: choose another path for the run.")
-    elif folder.is_dir() and any(inside.name != LOCK for inside in folder.iterdir()):
+    elif folder.is_dir() and any(inside.name != lock.FILE for inside in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder.")
 
 
@@ -37,7 +38,8 @@ def write(folder: pathlib.Path, config: Config) -> None:
     path = folder / "config.json"
     try:
         if config.data.tokenizer != "bytes":
-            copy_tokenizer(config.data.tokenizer, folder)
+            source = pathlib.Path(config.data.tokenizer)
+            shutil.copyfile(source / TOKENIZER if source.is_dir() else source, folder / TOKENIZER)
         part = path.with_suffix(".json.part")
         part.write_text(json.dumps(describe(config), indent=1) + "\n", "utf-8")
         os.replace(part, path)
