@@ -20,9 +20,9 @@ from seqlab.layers.mixers import attention, gla, mamba2
 from seqlab.models import artifacts, lm, store
 from seqlab.models.parameters import bind, decays, parameters
 from seqlab.train import sinks, state, step
-from seqlab.train.checkpoint import LOCK
 from seqlab.train.config import Checkpoint, Mesh, Optimizer, Track
 from seqlab.train.corpus import Batch
+from seqlab.train.lock import FILE as LOCK
 from seqlab.train.loop import train
 from tests import leaky
 from tests.runs import losses, rows, stored, tiny, write_texts
@@ -119,6 +119,7 @@ def test_the_loss_falls_and_every_row_is_there(whole):
     assert sorted(p.name for p in whole.iterdir()) == [
         "checkpoints",
         "config.json",
+        "lock.json",
         "metrics.jsonl",
     ]
 
@@ -132,7 +133,6 @@ def test_the_trained_model_loads_from_the_run_folder(whole):
 def test_a_run_killed_and_resumed_is_the_run_in_one_go(interrupted, texts, whole):
     folder, status, _ = interrupted["killed"]
     assert status == -signal.SIGKILL and rows(folder)[-1]["step"] > 15
-    assert (folder / LOCK).exists()  # it could not take it away
     _, said = again(texts, folder)
     assert "from step 15 of 40" in said
     assert_same_run(folder, whole)
@@ -173,11 +173,11 @@ def test_interrupted_at_any_step_and_often_the_run_is_the_same(texts, whole, tmp
 
 def test_a_finished_run_trains_nothing_and_says_so(texts, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != LOCK}
     outcome, said = again(texts, folder, steps=30)
     assert (outcome.step, outcome.finished, outcome.trained) == (40, True, False)
     assert said == f"{folder} is finished at step 40: to train further, give a larger steps=."
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in before} == before
 
 
 def test_a_finished_run_goes_on_to_a_larger_number_of_steps(texts, whole, tmp_path):
@@ -225,7 +225,9 @@ def test_bad_data_leaves_nothing_in_the_way_of_the_next_try(texts, tmp_path):
     data = dataclasses.replace(tiny(texts).data, train=tiny(tmp_path / "none").data.train)
     with pytest.raises(DataError, match="No file matches"):
         again(texts, tmp_path / "run", data=data)
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    outcome, _ = again(texts, tmp_path / "run", steps=1)
+    assert outcome.finished
 
 
 def test_text_changed_since_the_checkpoint_is_refused(texts, whole, tmp_path):
