@@ -69,7 +69,10 @@ def mixer_config(name: str, /, **fields: Any) -> Any:
     """The Config of the mixer called `name`; raises ConfigError for an unknown name or field."""
     config_class = _class(name)
     if config_class is None:
-        raise ConfigError(f"There is no mixer {name!r}: {nearest(name, mixers())}")
+        raise ConfigError(
+            f"There is no mixer {name!r} (your own are given by --mixer FILE): "
+            + nearest(name, mixers())
+        )
     return settings.read(config_class, fields, where=name)
 
 
