@@ -21,7 +21,6 @@ from tests.runs import tiny, write_texts
 
 HEADER = """
 import pathlib
-from seqlab.train.loop import train
 from tests.runs import tiny
 from seqlab.layers.mixers import gla
 from seqlab.models import lm
