@@ -27,26 +27,27 @@ class RunLock:
 
     def __init__(self, folder: str | os.PathLike):
         self.path = pathlib.Path(folder) / FILE
-        self._file = None
+        self._file: IO[str] | None = None
 
     def __enter__(self) -> "RunLock":
         if jax.process_index() == 0:
-            self._file = self._open()
+            file = self._open()
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                holder = self._holder()
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    self._file.close()
+                    holder = _holder(file)
+                    file.close()
                     raise ConfigError(
                         f"{self.path.parent} is in use by {holder}: wait for it, or stop it first."
                     ) from None
-            self._say({"pid": os.getpid(), "host": socket.gethostname()})
+            self._file = file
+            _say(file, {"pid": os.getpid(), "host": socket.gethostname()})
         return self
 
     def __exit__(self, *_) -> None:
         if self._file is not None:
-            self._say({})  # the file stays: removing it could free a lock that was just taken
+            _say(self._file, {})  # the file stays: removing it could free a lock just taken
             self._file.close()
 
     def _open(self) -> IO[str]:
@@ -58,16 +59,18 @@ class RunLock:
                 f"Cannot write {self.path} ({error.strerror}): choose a run folder you can write."
             ) from error
 
-    def _say(self, holder: dict) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
-            self._file.truncate(0)
-            self._file.write(json.dumps(holder) + "\n")
-            self._file.flush()
 
-    def _holder(self) -> str:
-        try:
-            self._file.seek(0)
-            holder = json.loads(self._file.read())
-            return f"process {holder['pid']} on {holder['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process"
+def _say(file: IO[str], holder: dict) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
+        file.truncate(0)
+        file.write(json.dumps(holder) + "\n")
+        file.flush()
+
+
+def _holder(file: IO[str]) -> str:
+    try:
+        file.seek(0)
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

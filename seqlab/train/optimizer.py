@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ class Config:
             if not right:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: make it {allowed}.")
 
-    def learning_rate(self, steps: int) -> Callable[[jax.Array], jax.Array]:
-        """step (0-based) -> learning rate, for a run of `steps` steps."""
+    def learning_rate(self, steps: int) -> Callable[[Any], jax.Array]:
+        """step (0-based; one or an array) -> learning rate, for a run of `steps` steps."""
 
         def rate(step):
             warm = jnp.minimum(1.0, (step + 1) / max(self.warmup, 1))

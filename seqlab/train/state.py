@@ -33,7 +33,7 @@ def abstract(model: LM, optimizer: optax.GradientTransformation, mesh) -> State:
     everywhere = NamedSharding(mesh, P())
 
     def placed(path, leaf):
-        name = getattr(path[-1], "key", None)
+        name = str(getattr(path[-1], "key", ""))
         sharding = place.get(name, everywhere) if leaf.ndim else everywhere
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

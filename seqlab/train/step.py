@@ -23,7 +23,7 @@ def loss(model: LM, batch: Batch) -> Loss:
     """Cross-entropy of each token given those before it in its own document."""
     here, there = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
     reset = jnp.diff(here, axis=1, prepend=here[:, :1]) != 0
-    logits, _ = model(batch.tokens[:, :-1], reset=reset)
+    logits, _ = model(jnp.asarray(batch.tokens[:, :-1]), reset=reset)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
     counts = (here == there) & (there > 0)
     return Loss(jnp.sum(jnp.where(counts, nats, 0.0)), jnp.sum(counts))
@@ -60,7 +60,7 @@ def make_step(
             "loss": total.nats / count,
             "grad_norm": optax.tree.norm(grads),
             "tokens": total.tokens,
-            "bad_steps": state.notfinite_count,  # in a row, up to now
+            "bad_steps": optax.tree.get(state, "notfinite_count"),  # in a row, up to now
         }
         return optax.apply_updates(params, updates), state, metrics
 
