@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 
 import jax
+from rich.markup import escape
 from rich.table import Table
 
 from seqlab.kernels import attention, decayed_outer_product  # noqa: F401 (they enter the list)
@@ -20,7 +21,7 @@ def machine() -> Table:
     for package in PACKAGES:
         rows.add_row(package, _version(package) or "run from its source folder")
     for package, extra in OPTIONAL.items():
-        rows.add_row(package, _version(package) or f"absent: pip install 'seqlab[{extra}]'")
+        rows.add_row(package, _version(package) or escape(f"absent: pip install 'seqlab[{extra}]'"))
     for kind, count in _counted(device.device_kind for device in jax.devices()).items():
         rows.add_row("devices", f"{count} x {kind} ({jax.default_backend()})")
     return rows

@@ -15,7 +15,7 @@ from seqlab.infer.session import Block, Session
 from seqlab.infer.terminal import Terminal
 from seqlab.models import store
 from seqlab.models.lm import LM
-from seqlab.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from seqlab.models.tokenizer import ByteTokenizer, Tokenizer
 
 PACE = 0.1  # seconds between two pieces of text on the screen
 
@@ -171,7 +171,7 @@ def _check(prompt, prompt_file, steps, batch, stop, save_state, state) -> None:
 
 
 def _load(path: pathlib.Path) -> tuple[LM, Tokenizer]:
-    model, tokenizer = store.load(path), load_tokenizer(store.tokenizer_of(path))
+    model, tokenizer = store.load(path), store.load_tokenizer(path)
     if tokenizer.vocab > model.config.vocab:
         raise ModelError(
             f"The tokenizer of {path} has {tokenizer.vocab} ids but its model's vocabulary is "

@@ -29,6 +29,8 @@ class Recurrence:
     single token takes the definition, which is its fastest form.
     """
 
+    __name__: str  # the definition's
+
     def __init__(self, reference: Callable, implementations: dict, transition: Callable | None):
         functools.update_wrapper(self, reference)
         self.implementations = {"reference": reference, **implementations}
@@ -44,7 +46,7 @@ class Recurrence:
         def shard(*args):
             *tokens, state = args
             if self.transition is None:
-                return sequence.relay(run, tokens, state)
+                return sequence.relay(run, tuple(tokens), state)
             stretch = self.transition(*tokens, **options)
             entering, leaving = sequence.enter(stretch, state, current_strategy())
             return run(*tokens, entering)[0], leaving

@@ -22,8 +22,8 @@ class Linear(nnx.Module):
         std: float | None = None,
         rngs: nnx.Rngs,
     ):
-        std = d_in**-0.5 if std is None else std
-        weight = std * jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32)
+        weight = jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32)
+        weight *= d_in**-0.5 if std is None else std
         self.weight = nnx.Param(weight, axes=axes)
         self.bias = nnx.Param(jnp.zeros(d_out, jnp.float32), axes=axes[1:]) if bias else None
 

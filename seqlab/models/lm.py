@@ -63,7 +63,9 @@ class Block(nnx.Module):
     def __call__(self, x, state, reset):
         y, state = self.mixer(self.mixer_norm(x), state, reset=reset)
         x += y
-        return (x if self.ffn is None else x + self.ffn(self.ffn_norm(x))), state
+        if self.ffn is not None and self.ffn_norm is not None:
+            x += self.ffn(self.ffn_norm(x))
+        return x, state
 
 
 class LM(nnx.Module):

@@ -5,11 +5,14 @@ arrays several times faster than a module, and its keys are the names in every f
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 from flax import nnx
 
 from seqlab.errors import ModelError
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 def parameters(model: nnx.Module) -> dict[str, jax.Array]:
@@ -17,7 +20,7 @@ def parameters(model: nnx.Module) -> dict[str, jax.Array]:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
 
 
-def bind(model: nnx.Module, params: Mapping[str, jax.Array]) -> nnx.Module:
+def bind(model: M, params: Mapping[str, jax.Array]) -> M:
     """A model like `model` (which may be abstract) that holds the arrays of `params`."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
     names = [_name(path) for path, _ in paths]

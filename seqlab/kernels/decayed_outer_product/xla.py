@@ -32,7 +32,7 @@ def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
     T, kind = q.shape[1], _kind(log_decay)
     chunks = _chunks(q, k, v, log_decay, reset, chunk_size)
-    y, state = _scan_chunks(kind, chunks, state)
+    y, state = _scan_chunks(kind, chunks, state)  # pyright: ignore[reportGeneralTypeIssues]
     y = jnp.moveaxis(y, 0, 1).reshape(v.shape[0], -1, *v.shape[2:])[:, :T]
     return y.astype(v.dtype), state
 
