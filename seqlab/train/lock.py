@@ -1,12 +1,12 @@
 """One process at a time trains in a folder."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import pathlib
 import socket
+from typing import IO
 
 import jax
 
@@ -23,38 +23,42 @@ class RunLock:
 
     def __init__(self, folder: str | os.PathLike):
         self.path = pathlib.Path(folder) / "lock.json"
-        self._file = None
+        self._file: IO[str] | None = None
 
     def __enter__(self) -> "RunLock":
         if jax.process_index() == 0:
-            self._file = open(self.path, "a+", encoding="utf-8")
+            file = open(self.path, "a+", encoding="utf-8")
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = self._holder()
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    self._file.close()
-                    raise ConfigError(
-                        f"{self.path.parent} is in use by {holder}: wait for it, or stop it first."
-                    ) from None
-            self._say({"pid": os.getpid(), "host": socket.gethostname()})
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _holder(file)
+                file.close()
+                raise ConfigError(
+                    f"{self.path.parent} is in use by {holder}: wait for it, or stop it first."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            _write(file, {"pid": os.getpid(), "host": socket.gethostname()})
+            self._file = file
         return self
 
     def __exit__(self, *_) -> None:
         if self._file is not None:
-            self._say({})  # the file stays: removing it could free a lock that was just taken
+            _write(self._file, {})  # the file stays: a lock may just have been taken on it
             self._file.close()
 
-    def _say(self, holder: dict) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
-            self._file.truncate(0)
-            self._file.write(json.dumps(holder) + "\n")
-            self._file.flush()
 
-    def _holder(self) -> str:
-        try:
-            self._file.seek(0)
-            holder = json.loads(self._file.read())
-            return f"process {holder['pid']} on {holder['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process"
+def _write(file: IO[str], holder: dict) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
+        file.truncate(0)
+        file.write(json.dumps(holder) + "\n")
+        file.flush()
+
+
+def _holder(file: IO[str]) -> str:
+    try:
+        file.seek(0)
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
