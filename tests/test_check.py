@@ -14,16 +14,14 @@ from seqlab.errors import ConfigError
 from tests.broken_mixers import Config, Healthy
 
 
-@pytest.fixture(scope="module")
-def healthy() -> Report:
-    return check(Config())
-
-
-def test_a_report_tells_its_verdict_and_every_row(healthy):
+def test_a_report_tells_its_verdict_and_every_row(monkeypatch):
+    few = PROPERTIES[1:4]
+    monkeypatch.setattr("seqlab.conformance.suite.PROPERTIES", few)
+    healthy = check(Config())
     assert healthy.passed
     lines = str(healthy).splitlines()
     assert lines[0] == "broken_mixers: every property holds"
-    assert [line[6:].split("  ")[0] for line in lines[1:]] == list(map(title, PROPERTIES))
+    assert [line[6:].split("  ")[0] for line in lines[1:]] == list(map(title, few))
     assert (
         healthy.row("state shape is fixed").note == "388 bytes per sequence"
     )  # (2 * 32 + 32) floats and a count

@@ -73,6 +73,9 @@ def test_going_on_from_a_state_with_different_lengths(model, recompute):
     for b, row in enumerate(RAGGED):
         assert_close(session.logits[b], recompute(np.concatenate([row, MORE[b]]))[-1])
         assert session.position[b] == len(row) + len(MORE[b])
+    session.feed([5])  # the states waited too, not only the logits
+    for b, row in enumerate(RAGGED):
+        assert_close(session.logits[b], recompute(np.concatenate([row, MORE[b], [5]]))[-1])
 
 
 def test_one_row_more_goes_to_every_row_of_the_session(model, recompute):
@@ -122,7 +125,9 @@ def test_a_row_ends_at_its_stop_token_and_stays_there(model):
     alone = fed(model, np.concatenate([RAGGED[1], free[1, : lengths[1]]]))
     assert_close(session.logits[1], alone.logits[0])
     assert session.complete(5, Sampling(1.0), stop=stop).lengths[1] == 0
-    session.feed(PROMPT)
+    session.feed(PROMPT[:3])
+    alone.feed(PROMPT[:3])
+    assert_close(session.logits[1], alone.logits[0])
     assert session.complete(5).lengths[1] == 5
 
 

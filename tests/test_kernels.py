@@ -10,6 +10,7 @@ import pytest
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
+from seqlab.kernels.short_conv import short_conv
 from seqlab.parallel.mesh import use_mesh
 from seqlab.parallel.sequence import STRATEGIES
 
@@ -136,3 +137,26 @@ def test_the_backward_pass_keeps_only_states_at_chunk_boundaries():
 def test_an_unknown_implementation_is_named():
     with pytest.raises(ConfigError, match="did you mean 'xla'"):
         decayed_outer_product(*tokens(4, 1), implementation="xlaa")
+
+
+def test_short_conv_gradients_equal_autodiff_in_float64():
+    kw, kx, kr = jax.random.split(jax.random.key(0), 3)
+    weight, past = jax.random.normal(kw, (4, 6)), jax.random.normal(kx, (2, 20, 6))
+    document = jnp.cumsum(jax.random.bernoulli(kr, 0.2, (2, 20)), 1)
+
+    def loss(conv, weight, past):
+        return jnp.sum(jnp.sin(conv(weight, past, document)))
+
+    def by_hand(weight, past, document):
+        taps = []
+        for t in range(17):
+            same = document[:, t : t + 4] == document[:, t + 3 : t + 4]
+            taps.append(jnp.einsum("jd,bjd,bj->bd", weight, past[:, t : t + 4], same))
+        return jnp.stack(taps, 1)
+
+    actual = jax.value_and_grad(loss, argnums=(1, 2))(short_conv, weight, past)
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(np.asarray(a), jnp.float64) for a in (weight, past))
+        expected = jax.value_and_grad(loss, argnums=(1, 2))(by_hand, *wide)
+        expected = jax.tree.map(np.asarray, expected)
+    assert_close(actual, expected)

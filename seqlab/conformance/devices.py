@@ -1,5 +1,7 @@
 """Compilation, and many devices."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -42,7 +44,7 @@ def sharded_equals_one_device(trial: Trial) -> Finding:
     return worst(findings, "; ".join(map(_called, meshes)))
 
 
-def _on_mesh(axes: dict[str, int], inputs, expected) -> Finding:
+def _on_mesh(axes: dict[str, Any], inputs, expected) -> Finding:
     mixer, x, state, reset, weights = inputs
     with use_mesh(**axes) as mesh:
         put = lambda tree, *spec: jax.tree.map(

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from seqlab.conformance.report import Finding, close, exactly, named, worst
-from seqlab.conformance.trial import BATCH, Trial, whole
+from seqlab.conformance.trial import BATCH, Results, Trial, whole
 
 LARGE = np.float32(1e3)  # garbage this large goes where nothing must be read
 
@@ -19,16 +19,13 @@ def pieces_equal_the_whole(trial: Trial) -> Finding:
         "in odd lengths": [odd, 1, odd, T - 2 * odd - 1],
         "in short pieces": [5] * (T // 5) + [T % 5] * (T % 5 > 0),
     }
-    findings = [
-        close(_in_pieces(trial, sizes), expected, f"{way} (y, state)")
-        for way, sizes in cuts.items()
-    ]
+    findings = [close(_in_pieces(trial, sizes), expected, f"{way}") for way, sizes in cuts.items()]
     return worst(findings, ", ".join([*cuts, *trial.adjusted]))
 
 
 def state_shape_is_fixed(trial: Trial) -> Finding:
     """Shapes and dtypes are those of `init_state` for any T; rows first; float32, int or bool."""
-    one, two = (named({"state": trial.empty(batch)}) for batch in (1, BATCH))
+    one, two = (named(Results((), trial.empty(batch))) for batch in (1, BATCH))
     wrong = [
         f"{name} is {_described(leaf)} for {BATCH} rows and {_described(one[name])} for 1"
         for name, leaf in two.items()
@@ -61,8 +58,8 @@ def rows_are_independent(trial: Trial) -> Finding:
     beside = trial.run(x, trial.state, reset)
     return worst(
         [
-            close(first(together), alone, "a row in a batch and alone (y, state)"),
-            exactly(first(beside), first(together), "a row beside others (y, state)"),
+            close(first(together), alone, "a row in a batch and alone"),
+            exactly(first(beside), first(together), "a row beside others"),
         ],
         "alone, and beside garbage",
     )
@@ -77,7 +74,7 @@ def packed_documents_equal_separate_ones(trial: Trial) -> Finding:
     second, _ = trial.run(trial.x[:, a:b])
     third, state = trial.run(trial.x[:, b:])
     y = np.concatenate([first, second, third], 1)
-    found = close(trial.run(trial.x, trial.state, reset), (y, state), "(y, state)")
+    found = close(trial.run(trial.x, trial.state, reset), Results(y, state), "packed")
     return worst([found], f"of {a}, 1 and {T - b} tokens")
 
 
@@ -115,8 +112,8 @@ def left_padding_is_forgotten(trial: Trial) -> Finding:
         only = lambda tree: jax.tree.map(lambda a: a[row : row + 1], tree)
         padded, dirty = (_from(start, only(results)) for results in (zeros, garbage))
         alone = only(trial.run(trial.x[:, start:]))
-        findings.append(exactly(dirty, padded, "garbage instead of zeros (y, state)"))
-        findings.append(close(padded, alone, "padded and alone (y, state)"))
+        findings.append(exactly(dirty, padded, "garbage instead of zeros"))
+        findings.append(close(padded, alone, "padded and alone"))
     return worst(findings, f"of {starts[0]} and {starts[1]} tokens")
 
 
@@ -127,12 +124,11 @@ def _in_pieces(trial: Trial, sizes: list[int]):
         y, state = trial.run(trial.x[:, piece], state, trial.reset[:, piece])
         ys.append(y)
         start += size
-    return np.concatenate(ys, 1), state
+    return Results(np.concatenate(ys, 1), state)
 
 
-def _from(start: int, y_and_state):
-    y, state = y_and_state
-    return y[:, start:], state
+def _from(start: int, results: Results) -> Results:
+    return Results(results.y[:, start:], results.state)
 
 
 def _scaled(state):
@@ -148,7 +144,7 @@ def _well_formed(leaf) -> bool:
 def _changes(trial: Trial, T: int) -> list[str]:
     """What is not as `init_state` and x promise, after T tokens."""
     x, state = trial.x[:, :T], trial.empty()
-    expected = named({"y": x, "state": state})
+    expected = named(Results(x, state))
     actual = named(jax.eval_shape(whole, trial.mixer, x, state, trial.reset[:, :T]))
     if actual.keys() != expected.keys():
         return [f"after {T} tokens the leaves are {sorted(actual)}, not {sorted(expected)}"]

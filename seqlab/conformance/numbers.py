@@ -6,7 +6,7 @@ import numpy as np
 
 from seqlab.conformance import tolerance
 from seqlab.conformance.report import Finding, close, named, worst
-from seqlab.conformance.trial import Trial, gradients_of, step_by_step, whole
+from seqlab.conformance.trial import Results, Trial, gradients_of, step_by_step, whole
 
 
 def bfloat16_keeps_a_float32_state(trial: Trial) -> Finding:
@@ -14,12 +14,12 @@ def bfloat16_keeps_a_float32_state(trial: Trial) -> Finding:
     rounded = trial.x.astype(jnp.bfloat16)
     actual = trial.run(rounded, trial.state, trial.reset)
     expected = trial.run(rounded.astype(np.float32), trial.state, trial.reset)
-    wanted = {"y": rounded, "state": expected[1]}
-    for name, leaf in named({"y": actual[0], "state": actual[1]}).items():
-        dtype = named(wanted)[name].dtype
-        if leaf.dtype != dtype:
-            return Finding(float("inf"), 0.0, f"{name} is {leaf.dtype} instead of {dtype}")
-    return worst([close(actual, expected, "(y, state)", dtype=jnp.bfloat16)], "near float32")
+    wanted = named(Results(rounded, expected.state))
+    for name, leaf in named(actual).items():
+        if leaf.dtype != wanted[name].dtype:
+            note = f"{name} is {leaf.dtype} instead of {wanted[name].dtype}"
+            return Finding(float("inf"), 0.0, note)
+    return worst([close(actual, expected, "in bfloat16", dtype=jnp.bfloat16)], "near float32")
 
 
 def gradients_equal_the_step_form(trial: Trial) -> Finding:

@@ -27,7 +27,9 @@ class Finding(NamedTuple):
 
     @property
     def passed(self) -> bool | None:
-        return None if self.error is None else bool(self.error <= self.allowed)
+        if self.error is None or self.allowed is None:
+            return None
+        return bool(self.error <= self.allowed)
 
     @property
     def excess(self) -> float:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,13 @@ from seqlab.errors import ConfigError, SeqlabError
 
 BATCH = 2
 NOISE = 0.02  # added to every parameter: weights that start at zero or one hide what they do
+
+
+class Results(NamedTuple):
+    """What a mixer returns, its leaves named in reports as `y` and `state.memory`."""
+
+    y: Any  # [B, T, D]
+    state: Any
 
 
 class Trial:
@@ -42,7 +49,7 @@ class Trial:
         self.traces = collections.Counter()
         self._forward = jax.jit(self._traced)
 
-    def run(self, x, state=None, reset=None):
+    def run(self, x, state=None, reset=None) -> Results:
         """mixer(x, state, reset=reset), compiled once for each shape and dtype of x."""
         state = self.empty(len(x)) if state is None else state
         reset = np.zeros(x.shape[:2], bool) if reset is None else reset
@@ -50,7 +57,7 @@ class Trial:
 
     def _traced(self, mixer, x, state, reset):
         self.traces[x.shape, x.dtype.name] += 1
-        return mixer(x, state, reset=reset)
+        return whole(mixer, x, state, reset)
 
     def empty(self, batch: int = BATCH):
         return self.mixer.init_state(batch)
@@ -64,7 +71,7 @@ class Trial:
 
     @functools.cached_property
     def state(self):
-        return self.run(self.other[:, : self.half])[1]
+        return self.run(self.other[:, : self.half]).state
 
     @functools.cached_property
     def gradients(self) -> Callable:
@@ -75,20 +82,19 @@ class Trial:
     def weights(self) -> dict:
         """Of the loss: a random number for every output, so that none of them can hide."""
         rng = np.random.default_rng(1)
-        y_and_state = jax.eval_shape(whole, self.mixer, self.x, self.empty(), self.reset)
+        results = jax.eval_shape(whole, self.mixer, self.x, self.empty(), self.reset)
         return {
             name: rng.normal(size=leaf.shape).astype(np.float32)
-            for name, leaf in floating(named(y_and_state)).items()
+            for name, leaf in floating(named(results)).items()
         }
 
 
-def whole(mixer, x, state, reset) -> dict:
-    """The mixer over all tokens at once, its results by name."""
-    y, state = mixer(x, state, reset=reset)
-    return {"y": y, "state": state}
+def whole(mixer, x, state, reset) -> Results:
+    """The mixer over all tokens at once."""
+    return Results(*mixer(x, state, reset=reset))
 
 
-def step_by_step(mixer, x, state, reset) -> dict:
+def step_by_step(mixer, x, state, reset) -> Results:
     """The mixer token by token: the form that kernels define, and everything else must equal."""
 
     def step(state, token):
@@ -97,7 +103,7 @@ def step_by_step(mixer, x, state, reset) -> dict:
         return jax.tree.map(lambda new, old: new.astype(old.dtype), after, state), y[:, 0]
 
     state, y = jax.lax.scan(step, state, (jnp.moveaxis(x, 1, 0), reset.T))
-    return {"y": jnp.moveaxis(y, 0, 1), "state": state}
+    return Results(jnp.moveaxis(y, 0, 1), state)
 
 
 def gradients_of(run: Callable) -> Callable:
@@ -149,15 +155,14 @@ def _stirred(mixer, seed: int):
 
 def _exercised(config, length: int) -> tuple[Any, list[str]]:
     """The config with chunks and windows shorter than the trial, and what changed."""
-    limits = {"chunk_size": 16, "window": 12}
-    sizes = {name: getattr(config, name, None) for name in (*limits, "max_length")}
-    smaller = {n: limits[n] for n in limits if isinstance(sizes[n], int) and sizes[n] >= length}
-    room = {"max_length": 2 * length} if isinstance(sizes["max_length"], int) else {}
-    changes = {**smaller, **room}
-    if not changes:
-        return config, []
+    changes = {}
+    for name, size in {"chunk_size": 16, "window": 12}.items():
+        if getattr(config, name, None) is not None and getattr(config, name) >= length:
+            changes[name] = size
+    if getattr(config, "max_length", None) is not None:
+        changes["max_length"] = 2 * length
     said = [f"{name}={value}" for name, value in changes.items()]
-    return dataclasses.replace(config, **changes), said
+    return (dataclasses.replace(config, **changes) if changes else config), said
 
 
 def one_line(error: BaseException) -> str:

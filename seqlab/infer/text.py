@@ -51,12 +51,16 @@ class Row:
 
     def take(self, tokens) -> int:
         """Tokens of the row; returns how many it took: those up to the end of the stop string."""
-        for n, token in enumerate(tokens, 1):
-            self.tokens.append(int(token))
-            self._grow(self._stream.push([int(token)]))
+        ids = [int(token) for token in tokens]
+        # One by one where it matters at which token the text ends.
+        parts = [ids] if self._stop is None else [[token] for token in ids]
+        before = len(self.tokens)
+        for part in parts:
+            self.tokens += part
+            self._grow(self._stream.push(part))
             if self.finish is not None:
-                return n
-        return len(tokens)
+                break
+        return len(self.tokens) - before
 
     def close(self, finish: str) -> None:
         """No more tokens come; `finish` is the reason unless the stop string was."""

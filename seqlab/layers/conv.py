@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seqlab.kernels.short_conv import short_conv
 from seqlab.layers.mixer import Mixer
 
 
@@ -36,11 +37,7 @@ class ShortConv(Mixer):
         document = jnp.pad(
             jnp.cumsum(reset, 1), [(0, 0), (width - 1, 0)]
         )  # the state is document 0
-        weight = self.weight[...].astype(x.dtype)
-        y = weight[-1] * x
-        for tap in range(width - 1):
-            same = document[:, tap : tap + T] == document[:, width - 1 :]
-            y += jnp.where(same[..., None], weight[tap] * past[:, tap : tap + T], 0)
+        y = short_conv(self.weight[...].astype(x.dtype), past, document)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         mine = document[:, T:] == document[:, -1:]

@@ -9,9 +9,11 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
+import warnings
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.flax
@@ -21,73 +23,71 @@ from seqlab import settings
 from seqlab.errors import CheckpointError, ModelError
 from seqlab.models import artifacts, lm
 from seqlab.models import tokenizer as tokenizers
-from seqlab.models.arrays import read_arrays
+from seqlab.models.arrays import read_arrays, read_contents, steps
+from seqlab.models.artifacts import MANIFEST
 from seqlab.models.parameters import bind, parameters
 from seqlab.models.tokenizer import Tokenizer
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+PARAMS = "params/"  # what the names of the weights begin with in a checkpoint
 
 
 def save(model: lm.LM, path: str | os.PathLike, *, tokenizer: str = "bytes") -> pathlib.Path:
     """Write a model as a folder, whole or not at all; replaces a saved model that is there.
 
     tokenizer: "bytes", or the path of a tokenizer.json, which is copied into the folder.
+    Raises ModelError where the path holds anything else or cannot be written.
     """
-    path = pathlib.Path(path)
-    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not free and not (path / WEIGHTS).exists():
-        raise ModelError(f"{path} exists and holds no saved model: choose another path.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    path = pathlib.Path(path).resolve()
+    if not _replaceable(path):
+        raise ModelError(f"{path} exists and is no saved model alone: choose another path.")
+    aside = path.with_name(f".{path.name}.saving-{os.getpid()}")
     try:
-        if tokenizer != "bytes":
-            copy_tokenizer(tokenizer, aside)
-        config = {"format": FORMAT, "model": settings.plain(model.config), "tokenizer": tokenizer}
-        (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-        safetensors.flax.save_file(parameters(model), aside / WEIGHTS, {"format": "seqlab"})
-        artifacts.write_manifest(aside)
-        if path.exists():
-            shutil.rmtree(path)
-        aside.rename(path)
-    except BaseException:
+        aside.mkdir(parents=True)
+        _write(aside, model, tokenizer)
+        artifacts.publish(aside, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(
+            f"The model cannot be saved as {path} ({reason}): free space, or choose a folder "
+            "you can write."
+        ) from error
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
     return path
 
 
-def load(path: str | os.PathLike) -> lm.LM:
+def load(path: str | os.PathLike, *, on_warning: Callable[[str], object] = warnings.warn) -> lm.LM:
     """The model in a saved folder, or in the newest good checkpoint of a run folder.
 
-    Raises ModelError where the folder is no model, CheckpointError where it is damaged.
+    Raises ModelError where the folder is no model, CheckpointError where it is damaged; a damaged
+    checkpoint with a good one before it is passed over with a warning.
     """
     path = pathlib.Path(path)
-    config = _config(path)
-    skeleton = jax.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     if (path / "checkpoints").is_dir():
-        return bind(skeleton, _newest(path / "checkpoints", parameters(skeleton)))
+        config = _config(path)
+        skeleton = _skeleton(config)
+        step = _newest(path / "checkpoints", on_warning)
+        _same_model(path, step, config)
+        return bind(skeleton, _read_step(step, parameters(skeleton)))
+    _see(path)
     artifacts.refuse_pickles(path)
     if not (path / WEIGHTS).is_file():
         raise ModelError(
             f"{path} has no {WEIGHTS} and no checkpoints: train or save a model first."
         )
     artifacts.verify(path)
+    skeleton = _skeleton(_config(path))
     return bind(skeleton, _weights(path / WEIGHTS, parameters(skeleton)))
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer that a saved model or a run was trained with."""
     path = pathlib.Path(path)
-    spec, own = _fields(path).get("tokenizer", "bytes"), path / "tokenizer.json"
+    spec, own = _fields(path).get("tokenizer", "bytes"), path / TOKENIZER
     return tokenizers.load_tokenizer(str(own) if own.is_file() else str(spec))
-
-
-def copy_tokenizer(spec: str, folder: pathlib.Path) -> None:
-    """Put the tokenizer.json that `spec` names (itself or its folder) into a folder."""
-    source = pathlib.Path(spec)
-    shutil.copyfile(
-        source / "tokenizer.json" if source.is_dir() else source, folder / "tokenizer.json"
-    )
 
 
 def fingerprint(model: lm.LM) -> str:
@@ -99,16 +99,22 @@ def fingerprint(model: lm.LM) -> str:
     return digest.hexdigest()
 
 
-def _fields(path: pathlib.Path) -> dict:
+def _see(path: pathlib.Path) -> None:
     if not path.exists():
         raise ModelError(f"There is no model at {path}: give a run folder or a saved model.")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: give a run folder or a saved model.")
+
+
+def _fields(path: pathlib.Path) -> dict:
+    _see(path)
     try:
         fields = json.loads((path / "config.json").read_text("utf-8"))
-    except OSError:
+    except OSError as error:
         raise ModelError(
-            f"{path} has no config.json: give a run folder or a saved model."
-        ) from None
-    except ValueError:
+            f"{path / 'config.json'} cannot be read ({error.strerror}): mend its permissions."
+        ) from error
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path / 'config.json'} is not JSON: restore the file.") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT or "model" not in fields:
         raise ModelError(
@@ -121,36 +127,77 @@ def _config(path: pathlib.Path) -> lm.Config:
     return settings.read(lm.Config, _fields(path)["model"], where=str(path / "config.json"))
 
 
-def _newest(folder: pathlib.Path, like: dict) -> dict[str, jax.Array]:
-    steps = [p for p in folder.iterdir() if p.name.isascii() and p.name.isdigit()]
-    fault = None
-    for step in sorted(steps, key=lambda p: int(p.name), reverse=True):
+def _skeleton(config: lm.Config) -> lm.LM:
+    return jax.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+
+
+def _replaceable(path: pathlib.Path) -> bool:
+    """Whether the path is free, or a saved model with nothing beside it that would be lost."""
+    if not path.is_dir():
+        return not path.exists()
+    names = {inner.name for inner in path.iterdir()}
+    return not names or WEIGHTS in names <= {"config.json", TOKENIZER, WEIGHTS, MANIFEST}
+
+
+def _write(folder: pathlib.Path, model: lm.LM, tokenizer: str) -> None:
+    if tokenizer != "bytes":
+        source = pathlib.Path(tokenizer)
+        source = source / TOKENIZER if source.is_dir() else source
+        if not source.is_file():
+            raise ModelError(f"There is no tokenizer at {source}: give 'bytes' or its path.")
+        shutil.copyfile(source, folder / TOKENIZER)
+    spec = tokenizer if tokenizer == "bytes" else TOKENIZER
+    config = {"format": FORMAT, "model": settings.plain(model.config), "tokenizer": spec}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+    safetensors.flax.save_file(parameters(model), folder / WEIGHTS, {"format": "seqlab"})
+
+
+def _newest(folder: pathlib.Path, on_warning: Callable[[str], object]) -> pathlib.Path:
+    """The newest good step; what is damaged is left where it is, for the run to deal with."""
+    faults = []
+    for number in reversed(steps(folder)):
         try:
-            artifacts.refuse_pickles(step)
-            artifacts.verify(step)
+            artifacts.verify(folder / str(number))
         except CheckpointError as error:
-            fault = fault or error
+            faults.append(str(error))
             continue
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        named = {
-            f"params/{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
-            for name, a in like.items()
-        }
-        return {n.removeprefix("params/"): a for n, a in read_arrays(step, named).items()}
-    raise CheckpointError(
-        str(fault) if fault else f"{folder} holds no checkpoint yet: train first."
-    )
+        for fault in faults:
+            on_warning(f"A damaged checkpoint was passed over: {fault}")
+        return folder / str(number)
+    raise CheckpointError(faults[0] if faults else f"{folder} holds no checkpoint: train first.")
 
 
-def _weights(path: pathlib.Path, like: dict) -> dict[str, jax.Array]:
+def _same_model(path: pathlib.Path, step: pathlib.Path, config: lm.Config) -> None:
+    """The config beside the checkpoints has no hash; the one that was saved with a step has."""
+    saved = read_contents(step)["metadata"].get("model")
+    if saved is not None and settings.read(lm.Config, saved, where=str(step)) != config:
+        raise CheckpointError(
+            f"{path / 'config.json'} is not of the model in {step}: restore the file from a copy."
+        )
+
+
+def _read_step(step: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    named = {
+        f"{PARAMS}{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
+        for name, a in like.items()
+    }
+    arrays = read_arrays(step, named, only=PARAMS.rstrip("/"))
+    return {name.removeprefix(PARAMS): array for name, array in arrays.items()}
+
+
+def _weights(path: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays of a file as they are stored, float32 or narrower; `bind` compares the names."""
     try:
         arrays = safetensors.flax.load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is not readable ({error}): restore the file.") from None
-    for name in arrays.keys() & like.keys():
-        if (arrays[name].shape, arrays[name].dtype) != (like[name].shape, like[name].dtype):
+    for name in sorted(arrays.keys() & like.keys()):
+        array, wanted = arrays[name], like[name]
+        kind = jnp.floating if jnp.issubdtype(wanted.dtype, jnp.floating) else wanted.dtype
+        if array.shape != wanted.shape or not jnp.issubdtype(array.dtype, kind):
             raise ModelError(
-                f"{path}: {name} is {arrays[name].dtype}{list(arrays[name].shape)} and "
-                f"{like[name].dtype}{list(like[name].shape)} in its config: they are of two models."
+                f"{path}: {name} is {array.dtype}{list(array.shape)} and "
+                f"{wanted.dtype}{list(wanted.shape)} in its config: they are of two models."
             )
     return arrays

@@ -2,22 +2,27 @@
 
 import concurrent.futures
 import json
+import logging
 import os
 import pathlib
+import re
 import shutil
-import socket
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from seqlab.errors import CheckpointError, ConfigError
+from seqlab.errors import CheckpointError
 from seqlab.models import artifacts
-from seqlab.models.arrays import CONTENTS, describe, groups, read_arrays, read_contents
+from seqlab.models.arrays import ARRAYS, CONTENTS, describe, groups, read_arrays, read_contents
+from seqlab.models.arrays import steps as steps_in
 
 _SAVING = "saving-"  # prefix of a step that is being written
+_NONE, _ALL_DAMAGED = -1, -2
 
 
 class Restored(NamedTuple):
@@ -27,12 +32,14 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The steps of a run, in folders named by their number; the newest `keep` good ones stay.
+    """The steps of a run, in folders named by their number; the newest `keep` stay.
 
     `save` copies the arrays and returns; a thread writes them, hashes them and gives the folder
     its name, so that a folder with a number for a name is complete. A save that fails (a full
     disk, say) leaves earlier steps as they are and is reported at the next call: `on_failure`
     "warn" tells `on_warning`, "stop" raises CheckpointError.
+
+    With several processes each writes its part; process 0 alone names, removes and judges folders.
     """
 
     def __init__(
@@ -48,28 +55,33 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seqlab-checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
+        self._newest: int | None = None
+        logging.getLogger("absl").addFilter(_no_tracebacks)
 
     def save(self, step: int, arrays: Mapping[str, jax.Array], metadata: Mapping) -> None:
         """Begin to save step `step`; the arrays may be donated when this returns.
 
-        Names are `group/name`; metadata is JSON. A step that is there already is left alone.
+        Names are `group/name`; metadata is strict JSON. The newest step is not saved twice.
         """
         self.wait()
-        if (self.folder / str(step)).exists():
+        if step == self._newest:
             return
-        aside = self.folder / f"{_SAVING}{step}"
-        contents = {"arrays": describe(arrays), "metadata": dict(metadata)}
-        # on a CPU orbax reads the buffers themselves, which a donating step would overwrite
-        copies = jax.tree.map(lambda a: a.copy(), groups(arrays))
+        contents = json.dumps(
+            {"arrays": describe(arrays), "metadata": dict(metadata)}, allow_nan=False
+        )
+        self._newest, aside = step, self.folder / f"{_SAVING}{step}"
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            items = {group: ocp.args.StandardSave(tree) for group, tree in copies.items()}
-            self._checkpointer.save(aside / "arrays", args=ocp.args.Composite(**items))
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                (aside / CONTENTS).write_text(contents, "utf-8")
+            apart = groups({name: _own(array) for name, array in arrays.items()})
+            items = {group: ocp.args.StandardSave(tree) for group, tree in apart.items()}
+            self._checkpointer.save(aside / ARRAYS, args=ocp.args.Composite(**items))
         except Exception as error:
             self._failed(step, error)
             return
-        self._pending = step, self._thread.submit(self._finish, step, aside, contents)
+        self._pending = step, self._thread.submit(self._finish, step, aside)
 
     def wait(self) -> None:
         """Until the save under way, if any, is on disk; reports it if it failed."""
@@ -87,110 +99,95 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._checkpointer.close()
+            logging.getLogger("absl").removeFilter(_no_tracebacks)
 
     def steps(self) -> list[int]:
         """The steps that are there, whole or damaged, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        names = (path.name for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        return steps_in(self.folder)
 
     def latest(self, like: Mapping[str, jax.ShapeDtypeStruct]) -> Restored | None:
         """The newest good step, its arrays placed as the shardings in `like` say; None if there
         never was one.
 
-        A damaged step is renamed aside with one warning, and the one before is used. Raises
-        CheckpointError if steps are there but all are damaged, or if a good one holds other
-        arrays than `like`.
+        A damaged step is renamed aside with one warning, and the one before is used; what a crash
+        left half-written is removed. Raises CheckpointError if steps are there but all are
+        damaged, or if the good one holds other arrays than `like`.
         """
-        steps = self.steps()
-        for step in reversed(steps):
-            folder = self.folder / str(step)
-            try:
-                artifacts.refuse_pickles(folder)
-                artifacts.verify(folder)
-                contents = read_contents(folder)
-            except CheckpointError as error:
-                aside = _set_aside(folder)
-                self.on_warning(f"Checkpoint {step} was set aside as {aside.name}: {error}")
-                continue
-            return Restored(step, read_arrays(folder, like), contents["metadata"])
-        if steps or self._damaged():
+        self.wait()
+        judged = self._newest_good() if jax.process_index() == 0 else _NONE
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(judged)))
+        if step == _NONE:
+            return None
+        if step == _ALL_DAMAGED:
             raise CheckpointError(
                 f"Every checkpoint in {self.folder} is damaged: restore one from a copy, or remove "
                 "the folder to begin anew."
             )
-        return None
+        self._newest, folder = step, self.folder / str(step)
+        return Restored(step, read_arrays(folder, like), read_contents(folder)["metadata"])
 
-    def _finish(self, step: int, aside: pathlib.Path, contents: dict) -> None:
+    def _newest_good(self) -> int:
+        for left in self.folder.glob(f"{_SAVING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for step in reversed(self.steps()):
+            folder = self.folder / str(step)
+            try:
+                artifacts.verify(folder)
+                return step
+            except CheckpointError as error:
+                aside = _set_aside(folder)
+                self.on_warning(f"Checkpoint {step} was set aside as {aside.name}: {error}")
+        here = self.folder.iterdir() if self.folder.is_dir() else ()
+        damaged = any(re.fullmatch(r"\d+\.damaged\d*", path.name) for path in here)
+        return _ALL_DAMAGED if damaged else _NONE
+
+    def _finish(self, step: int, aside: pathlib.Path) -> None:
         self._checkpointer.wait_until_finished()
         if jax.process_index() != 0:
             return
-        (aside / CONTENTS).write_text(json.dumps(contents), "utf-8")
-        artifacts.write_manifest(aside)
-        os.rename(aside, self.folder / str(step))
+        artifacts.publish(aside, self.folder / str(step))
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
-        for left in self.folder.glob(f"{_SAVING}*"):  # of saves that a crash cut short
-            shutil.rmtree(left, ignore_errors=True)
 
     def _failed(self, step: int, error: BaseException) -> None:
+        self._newest = None
         shutil.rmtree(self.folder / f"{_SAVING}{step}", ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0:1] or type(error)
         message = (
-            f"Saving step {step} in {self.folder} failed ({reason}); earlier checkpoints are "
-            "intact: free space or mend the folder."
+            f"Saving step {step} in {self.folder} failed ({_reason(error)}); earlier checkpoints "
+            "are intact: free space or mend the folder."
         )
         if self.on_failure == "stop":
             raise CheckpointError(message) from error
         self.on_warning(message)
 
-    def _damaged(self) -> bool:
-        return self.folder.is_dir() and any(self.folder.glob("*.damaged*"))
+
+def _own(array: jax.Array) -> jax.Array:
+    """A copy where orbax would read the buffer itself while a donating step overwrites it.
+
+    That is on a CPU; from an accelerator orbax has copied to the host before `save` returns.
+    """
+    return array.copy() if any(d.platform == "cpu" for d in array.devices()) else array
 
 
-class RunLock:
-    """Held while a process trains in a folder; another one is refused."""
-
-    def __init__(self, folder: str | os.PathLike):
-        self.path = pathlib.Path(folder) / "lock.json"
-
-    def __enter__(self) -> "RunLock":
-        if jax.process_index() != 0:
-            return self
-        mine = {"pid": os.getpid(), "host": socket.gethostname()}
-        try:
-            holder = json.loads(self.path.read_text("utf-8"))
-        except (OSError, ValueError):
-            holder = None
-        if isinstance(holder, dict) and holder != mine and _alive(holder):
-            raise ConfigError(
-                f"{self.path.parent} is in use by process {holder.get('pid')} on "
-                f"{holder.get('host')}: wait for it, or stop it first."
-            )
-        self.path.write_text(json.dumps(mine), "utf-8")
-        return self
-
-    def __exit__(self, *_) -> None:
-        if jax.process_index() == 0:
-            self.path.unlink(missing_ok=True)
+def _reason(error: BaseException) -> str:
+    """'No space left on device', out of an OSError or of tensorstore's account of one."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    lines = str(error).splitlines()
+    return os.strerror(number) if number else lines[0] if lines else type(error).__name__
 
 
-def _alive(holder: dict) -> bool:
-    """Whether the process that took a lock may still run; one on another host may."""
-    if holder.get("host") != socket.gethostname():
-        return True
-    try:
-        os.kill(int(holder["pid"]), 0)
-    except (KeyError, TypeError, ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
+def _no_tracebacks(record: logging.LogRecord) -> bool:
+    """Orbax logs every failure with a page of its threads; the error itself reaches us anyway."""
+    return "orbax" not in record.pathname
 
 
 def _set_aside(folder: pathlib.Path) -> pathlib.Path:
-    number, aside = 1, folder.with_name(folder.name + ".damaged")
-    while aside.exists():
-        number, aside = number + 1, folder.with_name(f"{folder.name}.damaged{number}")
-    return folder.rename(aside)
+    names = (f"{folder.name}.damaged{number}" for number in ("", *range(2, 1000)))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    try:
+        return folder.rename(aside)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is damaged and cannot be renamed ({error.strerror}): mend the permissions."
+        ) from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
+from seqlab import settings
 from seqlab.errors import ConfigError, NumericalError
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind, decays
@@ -16,10 +17,11 @@ from seqlab.models.tokenizer import Tokenizer, load_tokenizer
 from seqlab.parallel.mesh import use_mesh
 from seqlab.train import folder as run_folder
 from seqlab.train import state as states
-from seqlab.train.checkpoint import Checkpoints, RunLock
+from seqlab.train.checkpoint import Checkpoints
 from seqlab.train.config import Config
 from seqlab.train.data import Loader
 from seqlab.train.held_out import held_out_batches
+from seqlab.train.lock import RunLock
 from seqlab.train.progress import Progress
 from seqlab.train.signals import StopRequest
 from seqlab.train.sinks import open_sinks
@@ -220,6 +222,7 @@ class _Run:
                 "tokens": self.tokens,
                 "position": self.loader.position,
                 "fingerprint": self.loader.fingerprint,
+                "model": settings.plain(self.config.model),
             },
         )
 
