@@ -15,11 +15,28 @@ from seqlab.models import lm
 ROOT = pathlib.Path(__file__).parent.parent
 
 #: Other programs rely on these. Removing one needs a line in CHANGELOG.md.
-PUBLIC = """
-    LM CheckpointError ConfigError DataError LMConfig Mixer ModelError NumericalError SeqlabError
-    Session build check generate load load_tokenizer mixer_config mixers parallel register_mixer
-    save
-""".split()
+PUBLIC = [
+    "LM",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LMConfig",
+    "Mixer",
+    "ModelError",
+    "NumericalError",
+    "SeqlabError",
+    "Session",
+    "build",
+    "check",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "mixer_config",
+    "mixers",
+    "parallel",
+    "register_mixer",
+    "save",
+]
 
 #: Extras, and what only a run or a report needs.
 HEAVY = ("torch", "transformers", "tokenizers", "wandb", "tensorboardX", "matplotlib", "grain")

@@ -1,9 +1,9 @@
 """Every block of README.md and docs/ does what it says.
 
-    ```python            is run, in order, with the names of the blocks before it
-    ```python NAME.py    is written to a file of that name
-    ```bash              is run, `seqlab` being this one
-    ```console           has `$ seqlab ...` lines, whose options and arguments are checked
+```python            is run, in order, with the names of the blocks before it
+```python NAME.py    is written to a file of that name
+```bash              is run, `seqlab` being this one
+```console           has `$ seqlab ...` lines, whose options and arguments are checked
 """
 
 import os

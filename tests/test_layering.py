@@ -8,10 +8,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "seqlab").rglob("*.py"))
-FILES = [
-    *PACKAGE,
-    *(f for part in ("tests", "benchmarks", "configs", "docs") for f in (ROOT / part).rglob("*.py")),
-]
+FOLDERS = ("seqlab", "tests", "benchmarks", "configs", "docs")
+FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 #: A file imports its own floor and lower ones; two names on one floor do not know each other.
 FLOORS = (
