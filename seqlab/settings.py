@@ -8,11 +8,14 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from seqlab.errors import ConfigError, nearest
 
 C = TypeVar("C")
+
+#: `@dataclass(frozen=True, config=STRICT)`: pydantic would ignore a misspelt field by default.
+STRICT = ConfigDict(extra="forbid")
 
 
 def plain(config: Any) -> dict:
@@ -22,10 +25,10 @@ def plain(config: Any) -> dict:
 
 def read(cls: type[C], fields: Mapping, where: str = "config") -> C:
     """The config that `plain` wrote; raises ConfigError naming the first field that is wrong."""
-    try:
-        config = TypeAdapter(cls).validate_python(dict(fields))
+    try:  # unknown names are left to `_refuse_unknown`, which sees the names beside them
+        config = TypeAdapter(cls).validate_python(dict(fields), extra="ignore")
     except ValidationError as mistakes:
-        raise ConfigError(sentence(mistakes, cls, where)) from None
+        raise ConfigError(_sentence(mistakes, where, fields)) from None
     _refuse_unknown(fields, plain(config), where)
     return config
 
@@ -41,19 +44,44 @@ def override(config: C, assignments: Iterable[str], where: str = "override") -> 
     return read(type(config), fields, where)
 
 
-def sentence(mistakes: ValidationError, cls: type, where: str) -> str:
+def raised(error: Exception) -> str:
+    """What a user's own file raised, in one line: a clause that ends without a full stop."""
+    if isinstance(error, ValidationError):
+        return _sentence(error, error.title).rstrip(".")
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _sentence(mistakes: ValidationError, where: str, given: Any = None) -> str:
     """The first mistake of a pydantic report, in one sentence."""
     first = mistakes.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = getattr(cls, "__dataclass_fields__", {})
-        return f"{where} has no field {name!r}: {nearest(name.split('.')[-1], known)}"
+    name = _dotted(first["loc"], given)
     reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{where} has no field {name!r}: check its spelling."
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{where} lacks the field {name!r}: add it."
     if first["type"] == "value_error":
         return f"{where}: {reason}."
-    if first["type"] == "missing":
-        return f"{where} lacks the field {name!r}: add it."
     return f"{where}: {name} = {first['input']!r} is wrong: {reason}."
+
+
+def _dotted(path: tuple, given: Any) -> str:
+    """A path as overrides write it: without the tags that pydantic adds for unions."""
+    names = []
+    for part in path:
+        if isinstance(given, Mapping) and part not in given and part in given.values():
+            continue
+        names.append(str(part))
+        inside = isinstance(given, (Mapping, list, tuple))
+        given = given[part] if inside and _has(given, part) else None
+    return ".".join(names)
+
+
+def _has(fields: Any, part: Any) -> bool:
+    if isinstance(fields, Mapping):
+        return part in fields
+    return isinstance(part, int) and part < len(fields)
 
 
 def _assign(fields: Any, path: list[str], value: Any, name: str) -> None:
@@ -81,7 +109,7 @@ def _value(text: str) -> Any:
     python = {"None": None, "True": True, "False": False}
     try:
         return python[text] if text in python else json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a digit string or a nesting too long is text as well
         return text
 
 

@@ -343,6 +343,22 @@ def test_a_failed_write_warns_and_training_goes_on(run, small_files, caplog):
     assert restored.step == 31 and len(warnings) == 1
 
 
+# writes that were under way call back into a loop that orbax has closed after the first error
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_full_to_the_last_byte_costs_one_save(run, small_files):
+    warnings = []
+    checkpoints = Checkpoints(run, on_warning=warnings.append)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    checkpoints.save(30, {"params/w": jnp.zeros(3)}, {})  # all of orbax's own files fail
+    checkpoints.wait()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    checkpoints.save(31, arrays_of(31), {})
+    restored = checkpoints.latest(like(arrays_of(0)))
+    checkpoints.close()
+    assert restored.step == 31 and len(warnings) == 1 and "File too large" in warnings[0]
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EPERM])
 def test_a_failure_while_publishing_leaves_earlier_steps(run, monkeypatch, code):
     def fail(folder, name):

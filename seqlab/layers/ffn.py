@@ -6,9 +6,10 @@ from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
 from seqlab.layers.linear import Linear
+from seqlab.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """`ratio` is inner width over model width; the inner width is rounded up to `multiple_of`."""
 

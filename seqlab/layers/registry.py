@@ -56,7 +56,7 @@ def register_file(path: str | pathlib.Path) -> str:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[path.stem]
-        raise ConfigError(f"Importing {path} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"Importing {path} raised {settings.raised(error)}.") from error
     config_class = getattr(module, "Config", None)
     if not (dataclasses.is_dataclass(config_class) and hasattr(config_class, "build")):
         raise ConfigError(
@@ -65,11 +65,14 @@ def register_file(path: str | pathlib.Path) -> str:
     return register_mixer(module.Config, path.stem)
 
 
-def mixer_config(name: str, **fields: Any) -> Any:
+def mixer_config(name: str, /, **fields: Any) -> Any:
     """The Config of the mixer called `name`; raises ConfigError for an unknown name or field."""
     config_class = _class(name)
     if config_class is None:
-        raise ConfigError(f"There is no mixer {name!r}: {nearest(name, mixers())}")
+        raise ConfigError(
+            f"There is no mixer {name!r} (your own are given by --mixer FILE): "
+            + nearest(name, mixers())
+        )
     return settings.read(config_class, fields, where=name)
 
 
@@ -92,8 +95,11 @@ def _class(name: str) -> type | None:
 
 def _from_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        fields = dict(value)
-        return mixer_config(fields.pop("mixer", "a config without a 'mixer' field"), **fields)
+        fields = {str(name): field for name, field in value.items()}
+        name = fields.pop("mixer", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"A mixer config names its mixer, for example gla, not {name!r}.")
+        return mixer_config(name, **fields)
     if not hasattr(value, "build"):
         raise ValueError(f"{value!r} is not a mixer config: use seqlab.mixer_config(name)")
     return value

@@ -14,6 +14,7 @@ from seqlab.layers.mixer import State
 from seqlab.layers.norm import RMSNorm
 from seqlab.layers.registry import MixerConfig
 from seqlab.parallel.mesh import DATA, SEQ, constrain
+from seqlab.settings import STRICT
 
 #: What a period of the pattern recomputes in the backward pass: nothing, all but products, all.
 Remat = Literal["none", "cheap", "all"]
@@ -23,7 +24,7 @@ _POLICIES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """A model of `len(pattern) * repeats` blocks; `pattern` holds one mixer config per block.
 

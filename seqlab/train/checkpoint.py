@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: written aside, hashed, renamed; verified before use."""
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
@@ -52,7 +53,7 @@ class Checkpoints:
     ):
         self.folder = pathlib.Path(folder).resolve()
         self.keep, self.on_failure, self.on_warning = keep, on_failure, on_warning
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = _checkpointer()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seqlab-checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
         self._newest: int | None = None
@@ -151,6 +152,9 @@ class Checkpoints:
 
     def _failed(self, step: int, error: BaseException) -> None:
         self._newest = None
+        with contextlib.suppress(Exception):  # it would raise this error at the next save again
+            self._checkpointer.close()
+        self._checkpointer = _checkpointer()
         shutil.rmtree(self.folder / f"{_SAVING}{step}", ignore_errors=True)
         message = (
             f"Saving step {step} in {self.folder} failed ({_reason(error)}); earlier checkpoints "
@@ -159,6 +163,10 @@ class Checkpoints:
         if self.on_failure == "stop":
             raise CheckpointError(message) from error
         self.on_warning(message)
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
 
 def _own(array: jax.Array) -> jax.Array:

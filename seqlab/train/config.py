@@ -4,19 +4,22 @@ import pathlib
 import re
 import runpy
 import sys
+import traceback
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab import settings
-from seqlab.errors import ConfigError, SeqlabError
+from seqlab.errors import ConfigError, SeqlabError, nearest
 from seqlab.models import lm
+from seqlab.parallel.sequence import STRATEGIES
+from seqlab.settings import STRICT
 from seqlab.train.data import Data
 from seqlab.train.optimizer import Config as Optimizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Mesh:
     """How many devices share the batch, the sequence and the heads (see `parallel.use_mesh`)."""
 
@@ -25,8 +28,14 @@ class Mesh:
     model: PositiveInt = 1
     strategy: str = "all_gather"
 
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(
+                f"There is no mesh.strategy {self.strategy!r}: {nearest(self.strategy, STRATEGIES)}"
+            )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class Checkpoint:
     """Save every so many steps and keep the newest few; a failed save warns or stops the run."""
 
@@ -35,7 +44,7 @@ class Checkpoint:
     on_failure: Literal["warn", "stop"] = "warn"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Track:
     """Where metrics go besides metrics.jsonl."""
 
@@ -43,7 +52,7 @@ class Track:
     wandb: str | None = None  # the name of a Weights & Biases project
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """One training run.
 
@@ -87,7 +96,10 @@ class Config:
 
 
 #: What may differ between a run and its continuation.
-MAY_CHANGE = ("steps", "mesh", "checkpoint", "evaluate_every", "samples", "sample_tokens", "track")
+MAY_CHANGE = (
+    *("steps", "mesh", "checkpoint", "evaluate_every", "samples", "sample_tokens", "track"),
+    "max_bad_steps",
+)
 
 
 def load(path: str | pathlib.Path, overrides: list[str] | None = None) -> Config:
@@ -103,14 +115,18 @@ def load(path: str | pathlib.Path, overrides: list[str] | None = None) -> Config
     try:
         config = runpy.run_path(str(path), run_name=name).get("config")
     except SeqlabError as error:
-        raise type(error)(f"{path}: {error}") from None
+        raise type(error)(f"{_place(path, error)}: {error}") from None
     except Exception as error:
-        message = str(error).splitlines()[0] if str(error) else ""
-        raise ConfigError(
-            f"The config file {path} raised {type(error).__name__}: {message}: mend the file."
-        ) from error
+        raise ConfigError(f"{_place(path, error)}: {settings.raised(error)}.") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
     if not isinstance(config, Config):
         raise ConfigError(f"{path} defines no `config`: assign a seqlab.train.config.Config to it.")
     return settings.override(config, overrides or [])
+
+
+def _place(path: pathlib.Path, error: Exception) -> str:
+    """The file and its line that led to an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f"{path}, line {lines[-1]}" if lines else str(path)

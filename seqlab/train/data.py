@@ -17,13 +17,14 @@ from pydantic.dataclasses import dataclass
 
 from seqlab.errors import DataError, ModelError, nearest
 from seqlab.models.tokenizer import Tokenizer
+from seqlab.settings import STRICT
 from seqlab.train.corpus import Batch, Corpus, Row, gather, open_corpus, process_block
 from seqlab.train.sources import Source
 
 Position = dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Data:
     """What to train on.
 

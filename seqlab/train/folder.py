@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+import shutil
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ConfigError
+from seqlab.models.store import TOKENIZER
+from seqlab.train import lock
 from seqlab.train.config import MAY_CHANGE, Config
 
 FORMAT = 1
@@ -18,28 +21,32 @@ def describe(config: Config) -> dict:
     return {"format": FORMAT, "model": model, "tokenizer": config.data.tokenizer, "run": run}
 
 
-def prepare(folder: pathlib.Path, config: Config) -> bool:
-    """Make the folder, or see that it holds this very run; writes config.json.
-
-    Returns whether the folder held the run already. Raises ConfigError, naming the first field
-    that differs, where it holds another one.
-    """
-    path, now = folder / "config.json", describe(config)
-    held = path.exists()
-    if held:
-        _same_run(folder, _read(path), now)
-    elif folder.is_dir() and any(folder.iterdir()):
+def check(folder: pathlib.Path, config: Config) -> None:
+    """Raises ConfigError unless the folder is free or holds this very run; the first field that
+    differs is named."""
+    path = folder / "config.json"
+    if path.exists():
+        _same_run(folder, _read(path), describe(config))
+    elif folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder: choose another path for the run.")
+    elif folder.is_dir() and any(inside.name != lock.FILE for inside in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder.")
+
+
+def write(folder: pathlib.Path, config: Config) -> None:
+    """Write config.json and the run's own copy of a tokenizer.json; what was there is replaced."""
+    path = folder / "config.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if config.data.tokenizer != "bytes":
+            source = pathlib.Path(config.data.tokenizer)
+            shutil.copyfile(source / TOKENIZER if source.is_dir() else source, folder / TOKENIZER)
         part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(now, indent=1) + "\n", "utf-8")
+        part.write_text(json.dumps(describe(config), indent=1) + "\n", "utf-8")
         os.replace(part, path)
     except OSError as error:
         raise ConfigError(
             f"Cannot write {path} ({error.strerror}): choose a run folder you can write."
         ) from error
-    return held
 
 
 def _read(path: pathlib.Path) -> dict:

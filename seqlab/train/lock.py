@@ -12,9 +12,12 @@ import jax
 
 from seqlab.errors import ConfigError
 
+FILE = "lock.json"
+
 
 class RunLock:
-    """Held while a process trains in a folder; another one is refused with ConfigError.
+    """Held while a process trains in a folder, which is made if need be; another one is refused
+    with ConfigError.
 
     The operating system holds the lock and drops it with the process, however it dies, so a lock
     is never stale; the file says who holds it. Where the file system knows no locks, there is
@@ -22,12 +25,12 @@ class RunLock:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.path = pathlib.Path(folder) / "lock.json"
+        self.path = pathlib.Path(folder) / FILE
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "RunLock":
         if jax.process_index() == 0:
-            file = open(self.path, "a+", encoding="utf-8")
+            file = self._open()
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -46,6 +49,15 @@ class RunLock:
         if self._file is not None:
             _write(self._file, {})  # the file stays: a lock may just have been taken on it
             self._file.close()
+
+    def _open(self) -> IO[str]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return open(self.path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write {self.path} ({error.strerror}): choose a run folder you can write."
+            ) from error
 
 
 def _write(file: IO[str], holder: dict) -> None:

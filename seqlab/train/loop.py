@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from seqlab import settings
 from seqlab.errors import ConfigError, NumericalError
@@ -54,9 +55,10 @@ def train(
     m = config.mesh
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(use_mesh(m.data, m.seq, m.model, strategy=m.strategy))
-        run_folder.prepare(folder, config)
+        run_folder.check(folder, config)
         stack.enter_context(RunLock(folder))
-        return _Run(config, folder, say, tokenizer, model, mesh, stack).go()
+        stop = stack.enter_context(StopRequest())
+        return _Run(config, folder, say, tokenizer, model, mesh, stack).go(stop)
 
 
 def _check(config: Config, model: LM, tokenizer: Tokenizer) -> None:
@@ -78,7 +80,10 @@ class _Run:
         self.config, self.folder, self.say = config, folder, say
         self.tokenizer, self.model, self.mesh, self.stack = tokenizer, model, mesh, stack
         self.optimizer = config.optimizer.build(config.steps, decays(model))
-        self.rate = config.optimizer.learning_rate(config.steps)
+        # all at once: a rate computed in the loop would wait for the step under way
+        self.rates = np.asarray(
+            config.optimizer.learning_rate(config.steps)(np.arange(config.steps))
+        )
         self.checkpoints = self._closing(
             Checkpoints(
                 folder / "checkpoints",
@@ -90,7 +95,7 @@ class _Run:
         self.step, self.tokens, self.position, self.fingerprint = 0, 0, None, None
         self.state = self._start_or_resume()
 
-    def go(self) -> Outcome:
+    def go(self, stop: StopRequest) -> Outcome:
         config, first = self.config, self.step
         if self.step >= config.steps:
             self.say(
@@ -113,6 +118,7 @@ class _Run:
         self.held_out = held_out_batches(config.data, self.tokenizer, **processes)
         for note in (*self.loader.notes, *self.held_out.notes):
             self.say(note)
+        run_folder.write(self.folder, config)
         self.sinks = self._closing(
             open_sinks(
                 self.folder,
@@ -127,13 +133,12 @@ class _Run:
         self.say = self.progress.note
         self.train_step = make_step(self.model, self.optimizer, config.accumulate)
         self.evaluate_batch = make_evaluation(self.model)
-        with StopRequest() as stop:
-            self._steps(stop)
-        if self.step >= config.steps and not stop.signal:
+        self._steps(stop)
+        if self.step >= config.steps:
             self._evaluate()
         self._save()
         self.checkpoints.wait()
-        if stop.signal:
+        if self.step < config.steps:
             self.say(f"{stop.signal}: saved at step {self.step}; run the same command to go on.")
         return self._outcome(trained=True)
 
@@ -175,7 +180,7 @@ class _Run:
             "step": step,
             "loss": metrics["loss"],
             "bits_per_byte": self._bits(metrics["loss"], self.loader.bytes_per_token),
-            "lr": float(self.rate(step - 1)),
+            "lr": float(self.rates[step - 1]),
             "grad_norm": metrics["grad_norm"],
             "tokens": self.tokens,
             "tokens_per_second": tokens / seconds,
@@ -187,8 +192,8 @@ class _Run:
             self.say(f"step {step}: the gradient is not finite; the update was skipped.")
         if bad >= self.config.max_bad_steps:
             raise NumericalError(
-                f"The gradient was not finite for {bad} steps up to step {step}: lower "
-                "optimizer.lr or optimizer.clip; the newest checkpoint is from before."
+                f"The gradient was not finite for {bad} steps up to step {step}: start another run "
+                "with a lower optimizer.lr or optimizer.clip; none of these steps was applied."
             )
         return now
 

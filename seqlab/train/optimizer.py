@@ -1,5 +1,6 @@
 """AdamW with clipping, warm-up and a schedule; what must not decay does not."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -9,9 +10,10 @@ import optax
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
+from seqlab.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """The learning rate rises linearly to `lr` over `warmup` steps, then falls to `lr * final`.
 
@@ -30,10 +32,18 @@ class Config:
     clip: float = 1.0
 
     def __post_init__(self):
-        if self.lr <= 0 or self.clip <= 0:
-            raise ConfigError(f"optimizer.lr and clip must be above 0, not {self.lr}, {self.clip}.")
-        if self.warmup < 0 or not 0 <= self.final <= 1 or not 0 < self.decay <= 1:
-            raise ConfigError("optimizer needs warmup >= 0, final in [0, 1] and decay in (0, 1].")
+        for name, right, allowed in (
+            ("lr", 0 < self.lr < math.inf, "above 0"),
+            ("clip", self.clip > 0, "above 0"),
+            ("eps", self.eps > 0, "above 0"),
+            ("warmup", self.warmup >= 0, "0 or more"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("final", 0 <= self.final <= 1, "from 0 to 1"),
+            ("decay", 0 < self.decay <= 1, "above 0 and up to 1"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "from 0 up to, but not, 1"),
+        ):
+            if not right:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: make it {allowed}.")
 
     def learning_rate(self, steps: int) -> Callable[[jax.Array], jax.Array]:
         """step (0-based) -> learning rate, for a run of `steps` steps."""

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT end training after the current step; a second one ends it at once."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -27,3 +28,6 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)  # nothing is half-written: a step appears when it is complete
         self.signal = signal.Signals(number).name
+        text = f"\n{self.signal}: ending after this step; a second signal ends at once.\n"
+        with contextlib.suppress(OSError):  # not print: it may be what was interrupted
+            os.write(2, text.encode())

@@ -15,6 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import DataError, nearest
+from seqlab.settings import STRICT
 
 STDLIB = "python:stdlib"
 #: Not sources of the library proper: what was installed into it, test suites (some systems lack
@@ -24,7 +25,7 @@ TOGETHER = 2**20  # characters that a tokenizer gets at once, to work on in para
 Part = Literal["train", "held_out", "all"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Text:
     """UTF-8 files, a document each, named by path or by pattern (`**` goes into folders).
 
@@ -47,7 +48,7 @@ class Text:
         _complete(self, ", ".join(self.files))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Jsonl:
     """Files of JSON lines, an object each whose `field` is a document; otherwise as `Text`.
 
@@ -66,7 +67,7 @@ class Jsonl:
         _complete(self, ", ".join(self.files))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Tokens:
     """Token shards that `seqlab tokenize` wrote: a folder, or a URL of an object store that
     tensorstore speaks (gs://, s3://, file://, memory://). They are read row by row."""

@@ -18,9 +18,10 @@ from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.norm import RMSNorm
 from seqlab.layers.rope import positions, rope
+from seqlab.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """kv_heads defaults to heads, head_dim to d_model / heads; rope_base None is no positions.
 

@@ -14,9 +14,10 @@ from seqlab.layers.conv import ShortConv
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.norm import RMSNorm
+from seqlab.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """Key and value widths are d_model times `expand_k` and `expand_v`, shared by the heads."""
 

@@ -15,9 +15,10 @@ from seqlab.layers.conv import ShortConv
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.norm import RMSNorm
+from seqlab.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """`expand` * d_model channels in heads of `head_dim`; B and C are shared within `groups`."""
 

@@ -1,0 +1,418 @@
+"""Training: the same bits however often it is interrupted; nothing lost when things go wrong."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqlab.conformance.tolerance import GRADIENT, assert_close
+from seqlab.errors import ConfigError, DataError, NumericalError
+from seqlab.layers.mixers import attention, gla, mamba2
+from seqlab.models import artifacts, lm, store
+from seqlab.models.parameters import bind, decays, parameters
+from seqlab.train import sinks, state, step
+from seqlab.train.config import Checkpoint, Mesh, Optimizer, Track
+from seqlab.train.corpus import Batch
+from seqlab.train.lock import FILE as LOCK
+from seqlab.train.loop import train
+from tests import leaky
+from tests.runs import losses, rows, stored, tiny, write_texts
+
+CONFIG_FILE = """
+import pathlib
+from tests import leaky
+from tests.runs import tiny
+config = tiny(pathlib.Path({texts!r}))
+"""
+
+#: The command line, with signals sent to itself when it places a batch (one of them is held out).
+FAULTY = """
+import os, pathlib, signal, sys, time
+from seqlab.cli import main
+from seqlab.train import state
+at, signals = int(sys.argv.pop(1)), [int(n) for n in sys.argv.pop(1).split(",")]
+checkpoint = pathlib.Path(sys.argv[-1], "checkpoints", "15")
+place, batches = state.place, iter(range(10_000))
+def faulty(batch, mesh):
+    if next(batches) == at:
+        while not checkpoint.exists():  # it is written in the background
+            time.sleep(0.01)
+        for number in signals:
+            os.kill(os.getpid(), number)
+    return place(batch, mesh)
+state.place = faulty
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts")
+
+
+@pytest.fixture(scope="module")
+def whole(texts, tmp_path_factory):
+    """40 steps in one go."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    outcome = train(tiny(texts), folder, say=lambda text: None)
+    assert (outcome.step, outcome.finished, outcome.trained) == (40, True, True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(texts, tmp_path_factory):
+    """name -> (folder, exit status, stderr) of runs that got signals in their 18th step."""
+    base = tmp_path_factory.mktemp("interrupted")
+    (base / "tiny.py").write_text(CONFIG_FILE.format(texts=str(texts)))
+    signals = {
+        "killed": [signal.SIGKILL],
+        "asked": [signal.SIGTERM],
+        "pressed": [signal.SIGTERM] * 2,
+    }
+    processes = {}
+    for name, numbers in signals.items():
+        numbers = ",".join(str(int(number)) for number in numbers)
+        command = [sys.executable, "-c", FAULTY, "18", numbers]
+        command += [
+            "train",
+            str(base / "tiny.py"),
+            "checkpoint.every=15",
+            "--out",
+            str(base / name),
+        ]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes[name] = subprocess.Popen(command, text=True, **pipes)
+    ends = {
+        name: (*process.communicate(), process.returncode) for name, process in processes.items()
+    }
+    return {name: (base / name, code, out + err) for name, (out, err, code) in ends.items()}
+
+
+def again(texts, folder, **fields):
+    """Train on in a folder; what was said."""
+    said = []
+    outcome = train(tiny(texts, **fields), folder, say=said.append)
+    return outcome, "\n".join(said)
+
+
+def assert_same_run(folder, whole):
+    assert rows(folder) == rows(whole)
+    (arrays, metadata), (expected, expected_metadata) = stored(folder, 40), stored(whole, 40)
+    assert metadata == expected_metadata
+    assert [name for name in expected if arrays[name] != expected[name]] == []
+
+
+def test_the_loss_falls_and_every_row_is_there(whole):
+    curve = losses(whole)
+    assert len(curve) == 40 and curve[-1] < 0.7 * curve[0]
+    held_out = [row["held_out_bits_per_byte"] for row in rows(whole) if "held_out_loss" in row]
+    assert len(held_out) == 4 and held_out[-1] < held_out[0]
+    assert sorted(p.name for p in whole.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "lock.json",
+        "metrics.jsonl",
+    ]
+
+
+def test_the_trained_model_loads_from_the_run_folder(whole):
+    arrays, _ = stored(whole, 40)
+    for name, array in parameters(store.load(whole)).items():
+        assert np.asarray(array).tobytes() == arrays[f"params/{name}"]
+
+
+def test_a_run_killed_and_resumed_is_the_run_in_one_go(interrupted, texts, whole):
+    folder, status, _ = interrupted["killed"]
+    assert status == -signal.SIGKILL and rows(folder)[-1]["step"] > 15
+    _, said = again(texts, folder)
+    assert "from step 15 of 40" in said
+    assert_same_run(folder, whole)
+
+
+def test_a_run_asked_to_stop_saves_exits_0_and_goes_on(interrupted, texts, whole):
+    folder, status, output = interrupted["asked"]
+    assert status == 0 and "SIGTERM: saved at step 18; run the same command to go on." in output
+    assert stored(folder, 18)[1]["step"] == 18
+    again(texts, folder)
+    assert_same_run(folder, whole)
+
+
+def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(interrupted, texts, whole):
+    folder, status, output = interrupted["pressed"]
+    assert status == 143 and "a second signal ends at once" in output
+    artifacts.verify(folder / "checkpoints" / "15")
+    again(texts, folder)
+    assert_same_run(folder, whole)
+
+
+def test_interrupted_at_any_step_and_often_the_run_is_the_same(texts, whole, tmp_path, monkeypatch):
+    place, batches = state.place, iter(range(10_000))
+    stops = {0, 11, 12, 39}
+
+    def interrupting(batch, mesh):
+        if next(batches) in stops:
+            os.kill(os.getpid(), signal.SIGINT)
+        return place(batch, mesh)
+
+    monkeypatch.setattr(state, "place", interrupting)
+    for stop in (1, 12, 13, 40):
+        outcome, _ = again(texts, tmp_path / "run", evaluate_every=0)
+        assert (outcome.step, outcome.finished) == (stop, stop == 40)
+    assert losses(tmp_path / "run") == losses(whole)
+    assert stored(tmp_path / "run", 40) == stored(whole, 40)
+
+
+def test_a_finished_run_trains_nothing_and_says_so(texts, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != LOCK}
+    outcome, said = again(texts, folder, steps=30)
+    assert (outcome.step, outcome.finished, outcome.trained) == (40, True, False)
+    assert said == f"{folder} is finished at step 40: to train further, give a larger steps=."
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_finished_run_goes_on_to_a_larger_number_of_steps(texts, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    outcome, said = again(texts, folder, steps=43)
+    assert outcome.step == 43 and "from step 40 of 43" in said
+    assert losses(folder)[:40] == losses(whole) and len(losses(folder)) == 43
+    assert json.loads((folder / "config.json").read_text())["run"]["steps"] == 43
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"seed": 3}, r"differs in seed \(was 0, is 3\)"),
+        ({"optimizer": Optimizer(lr=1.0)}, r"differs in optimizer.lr \(was 0.003, is 1.0\)"),
+        (
+            {"model": lm.Config(vocab=257, d_model=32, pattern=(mamba2.Config(),))},
+            r"differs in model.pattern.0.mixer \(was \"gla\", is \"mamba2\"\)",
+        ),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_by_field(texts, whole, fields, message):
+    before = (whole / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=message):
+        again(texts, whole, **fields)
+    assert (whole / "config.json").read_bytes() == before
+
+
+def test_a_folder_in_use_or_of_something_else_is_left_alone(texts, whole, tmp_path):
+    import fcntl
+
+    folder = shutil.copytree(whole, tmp_path / "run")
+    with open(folder / LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="in use by another process"):
+            again(texts, folder, steps=50)
+    assert json.loads((folder / "config.json").read_text())["run"]["steps"] == 40
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        again(texts, texts)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        again(texts, texts / "0.txt")
+
+
+def test_bad_data_leaves_nothing_in_the_way_of_the_next_try(texts, tmp_path):
+    data = dataclasses.replace(tiny(texts).data, train=tiny(tmp_path / "none").data.train)
+    with pytest.raises(DataError, match="No file matches"):
+        again(texts, tmp_path / "run", data=data)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    outcome, _ = again(texts, tmp_path / "run", steps=1)
+    assert outcome.finished
+
+
+def test_text_changed_since_the_checkpoint_is_refused(texts, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    kept = (texts / "0.txt").read_bytes()
+    (texts / "0.txt").write_text("another text")
+    try:
+        with pytest.raises(DataError, match="source 'cats' changed"):
+            again(texts, folder, steps=41)
+    finally:
+        (texts / "0.txt").write_bytes(kept)
+
+
+def test_a_disk_that_is_full_for_one_save_costs_nothing(
+    texts, whole, tmp_path, monkeypatch, capsys
+):
+    write, saves = artifacts.write_manifest, iter(range(100))
+
+    def full(folder):
+        if next(saves) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(folder)
+
+    monkeypatch.setattr(artifacts, "write_manifest", full)
+    again(texts, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count("failed") == 1 and "Saving step 15" in said and "No space left" in said
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_failing_sink_never_stops_training(texts, whole, tmp_path, monkeypatch, capsys):
+    class Broken:
+        def log(self, step, row):
+            raise ConnectionError("no route to host")
+
+        sync = close = lambda self: (_ for _ in ()).throw(OSError("gone"))
+
+    monkeypatch.setattr(sinks, "TensorBoard", lambda *_: Broken())
+    again(texts, tmp_path / "run", track=Track(tensorboard=True))
+    assert capsys.readouterr().out.count("Broken failed (ConnectionError") == 1
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+COUNTERS = {"notfinite_count", "last_finite", "total_notfinite"}  # of optax.apply_if_finite
+
+
+def poisoned(monkeypatch, bad: bytes):
+    """Every batch that holds this byte has a loss that is not a number."""
+    clean = step.loss
+
+    def loss(model, batch):
+        total = clean(model, batch)
+        factor = jnp.where(jnp.any(batch.tokens == bad[0]), jnp.nan, 1.0)
+        return total._replace(nats=total.nats * factor)
+
+    monkeypatch.setattr(step, "loss", loss)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(texts, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, b"7")
+    outcome, _ = again(texts, tmp_path / "run", evaluate_every=0)
+    bad = [row["step"] for row in rows(tmp_path / "run") if row.get("loss", 0) is None]
+    assert 0 < len(bad) < 40
+    assert capsys.readouterr().out.count("the update was skipped") == len(bad)
+    for array in parameters(outcome.model).values():
+        assert np.isfinite(array).all()
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_nothing_applied(texts, tmp_path, monkeypatch):
+    poisoned(monkeypatch, b"7")
+    folder, end = tmp_path / "run", "not finite for 3 steps up to step 4: start another run"
+    fields = {"evaluate_every": 0, "max_bad_steps": 3, "checkpoint": Checkpoint(every=1, keep=9)}
+    with pytest.raises(NumericalError, match=end) as caught:
+        again(texts, folder, **fields)
+    assert caught.value.code == 77
+    assert [row["loss"] is None for row in rows(folder)] == [False, True, True, True]
+    (first, _), (last, metadata) = stored(folder, 1), stored(folder, 3)
+    assert metadata["position"] == {"cats": 12}
+    changed = [name for name in first if first[name] != last[name]]
+    assert changed and all(n.rsplit("/")[-1] in COUNTERS for n in changed), changed
+    with pytest.raises(NumericalError, match="not finite for 3 steps up to step 4"):
+        again(texts, folder, **fields)  # the count goes on where it was
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(texts, whole, tmp_path):
+    again(texts, tmp_path / "run", accumulate=2, steps=10, evaluate_every=0)
+    assert_close(np.float32(losses(tmp_path / "run")), np.float32(losses(whole)[:10]), GRADIENT)
+
+
+def test_a_mesh_trains_as_one_device_does_and_resumes_on_another(texts, whole, tmp_path):
+    folder = tmp_path / "run"
+    again(texts, folder, mesh=Mesh(data=2, seq=2, model=2), steps=6, evaluate_every=0)
+    saved = stored(folder, 6)
+    again(texts, folder, steps=12, evaluate_every=0)
+    assert_close(np.float32(losses(folder)), np.float32(losses(whole)[:12]), GRADIENT)
+    outcome, said = again(texts, folder, mesh=Mesh(data=4), steps=12)
+    assert "finished at step 12" in said
+    arrays = stored(folder, 12)[0]
+    spread = parameters(outcome.model)
+    assert max(len(a.sharding.device_set) for a in spread.values()) == 4
+    for name, array in spread.items():
+        assert np.asarray(array).tobytes() == arrays[f"params/{name}"]
+    assert saved[1]["step"] == 6
+
+
+def test_only_matrices_decay():
+    pattern = (mamba2.Config(), gla.Config(), attention.Config(qk_norm=True, qkv_bias=True))
+    mask = decays(state.skeleton(lm.Config(vocab=9, d_model=64, pattern=pattern)))
+    for word in ("norm", "A_log", "dt_bias", "bias", ".D"):
+        named = [name for name in mask if word in name]
+        assert named and not any(mask[name] for name in named), word
+    matrices = (".gate.weight", ".up.weight", ".down.weight", ".out.weight", "embed.weight")
+    for ending in matrices:
+        assert all(mask[name] for name in mask if name.endswith(ending)), ending
+    params = {name: jnp.full((2, 2), 3.0) for name in mask}
+    optimizer = Optimizer(weight_decay=0.5, warmup=0, schedule="constant", lr=0.1).build(1, mask)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(optimizer.update)(zero, optimizer.init(params), params)
+    for name, update in updates.items():
+        np.testing.assert_allclose(update, -0.1 * 0.5 * 3.0 * mask[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"schedule": "constant"}, {0: 0.1, 9: 1, 10: 1, 99: 1}),
+        ({"schedule": "cosine", "final": 0.1}, {0: 0.1, 9: 1, 10: 1, 55: 0.55, 100: 0.1}),
+        ({"schedule": "wsd", "decay": 0.2, "final": 0}, {4: 0.5, 80: 1, 90: 0.5, 99: 0.05, 100: 0}),
+        ({"schedule": "wsd", "decay": 1.0, "final": 0.5, "warmup": 0}, {0: 1, 50: 0.75}),
+        ({"schedule": "cosine", "warmup": 500}, {0: 0.002, 99: 0.2}),
+    ],
+)
+def test_schedules_at_their_corners(fields, expected):
+    rate = Optimizer(**{"lr": 2.0, "warmup": 10} | fields).learning_rate(100)
+    for at, share in expected.items():
+        assert float(rate(at)) == pytest.approx(2.0 * share, rel=1e-5, abs=1e-6)
+    everywhere = np.asarray(rate(np.arange(100)))
+    np.testing.assert_array_equal(everywhere, [np.asarray(rate(jnp.int32(i))) for i in range(100)])
+
+
+@pytest.mark.parametrize("name", ["lr", "clip", "eps"])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan")])
+def test_an_optimizer_that_cannot_work_is_refused(name, wrong):
+    with pytest.raises(ConfigError, match=f"optimizer.{name} is {wrong}"):
+        Optimizer(**{name: wrong})
+
+
+def test_the_loss_counts_no_border_and_no_padding():
+    model = leaky.tiny(seed=1)
+    tokens = np.random.default_rng(0).integers(0, leaky.VOCAB, (2, 10)).astype(np.int32)
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3, 3], [1, 1, 1, 1, 2, 2, 0, 0, 0, 0]], np.int32)
+    total = jax.jit(step.loss)(model, Batch(tokens, segments))
+    apply = jax.jit(lambda model, tokens: model(tokens)[0])
+    nats, count = 0.0, 0
+    for row, ids in zip(tokens, segments, strict=True):
+        for document in set(ids.tolist()) - {0}:
+            text = row[ids == document]
+            logits = np.asarray(apply(model, text[None])[0], np.float64)
+            chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            nats -= sum(chances[t, text[t + 1]] for t in range(len(text) - 1))
+            count += len(text) - 1
+    assert int(total.tokens) == count == 11
+    assert_close(np.float32(total.nats), np.float32(nats))
+
+
+def test_a_step_is_adamw_on_the_mean_loss():
+    model = leaky.tiny(seed=1)
+    tokens = np.random.default_rng(0).integers(0, leaky.VOCAB, (2, 10)).astype(np.int32)
+    batch, params = Batch(tokens, np.ones_like(tokens)), parameters(model)
+    config = Optimizer(clip=0.1, warmup=0, schedule="constant")
+    optimizer = config.build(1, decays(model))
+
+    def mean(params):
+        total = step.loss(bind(model, params), batch)
+        return total.nats / total.tokens
+
+    grads = jax.jit(jax.grad(mean))(params)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in grads.values()))
+    by_hand = {}
+    for name, decays_here in decays(model).items():
+        weight, g = np.asarray(params[name]), np.asarray(grads[name]) * min(1, 0.1 / norm)
+        sign = g / (np.abs(g) + config.eps)  # the first step of Adam
+        by_hand[name] = weight - config.lr * (sign + config.weight_decay * weight * decays_here)
+    copies = {name: jnp.array(np.asarray(a)) for name, a in params.items()}
+    updated, _, metrics = step.make_step(model, optimizer)(copies, optimizer.init(params), batch)
+    assert_close(updated, by_hand, GRADIENT)
+    assert_close(metrics["grad_norm"], norm, GRADIENT)
+    assert int(metrics["tokens"]) == 18
