@@ -1,14 +1,10 @@
 """Checkpoints are whole or absent: damage of any kind is seen, told once, and stepped over."""
 
 import errno
-import json
 import os
 import pathlib
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +13,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from seqlab.errors import CheckpointError, ConfigError
+from seqlab.errors import CheckpointError
 from seqlab.models import artifacts
 from seqlab.train import checkpoint
 from seqlab.train.checkpoint import Checkpoints
-from seqlab.train.lock import RunLock
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def arrays_of(step: int) -> dict[str, jax.Array]:
@@ -134,6 +127,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     for step in range(3):
         checkpoints.save(step, big, {})
         jax.block_until_ready(overwrite(big))
+        assert big["params/w"].is_deleted()  # nobody but the step held on to the buffer
         restored = checkpoints.latest(like({"params/w": jnp.zeros((512, 1024))}))
         assert (restored.step, bits(restored.arrays)) == (step, before)
         big = restored.arrays
@@ -190,7 +184,7 @@ def test_every_missing_file_is_seen(run):
     step = run / "20"
     for name in files_of(step):
         (step / name).rename(run / "away")
-        with pytest.raises(CheckpointError, match="missing" if "arrays" in name else None):
+        with pytest.raises(CheckpointError, match="is missing: restore|no readable"):
             artifacts.verify(step)
         (run / "away").rename(step / name)
 
@@ -217,7 +211,7 @@ def test_a_step_without_its_manifest_falls_back(run):
 
 def test_a_step_with_a_pickle_in_it_falls_back(run):
     (run / "20" / "extra.PKL").write_bytes(b"cos\nsystem\n")
-    check_falls_back(run, "pickle")
+    check_falls_back(run, "may be a pickle")
 
 
 def test_a_step_with_a_file_of_another_falls_back(run):
@@ -229,7 +223,7 @@ def test_a_step_with_a_link_out_of_it_falls_back(run):
     path = run / "20" / "contents.json"
     path.rename(run / "elsewhere.json")
     path.symlink_to(run / "elsewhere.json")
-    check_falls_back(run, "link")
+    check_falls_back(run, "is a link")
 
 
 def test_an_empty_folder_of_a_later_step_is_never_the_newest(run):
@@ -240,13 +234,13 @@ def test_an_empty_folder_of_a_later_step_is_never_the_newest(run):
 
 
 def test_names_that_are_no_steps_are_left_alone(run):
-    for name in ("020", "²", "best", "20.old"):
+    for name in ("040", "²", "best", "20.old"):
         (run / name).mkdir()
     (run / "30").write_text("a file")
     warnings = []
     assert restore(run, warnings).step == 20
     assert not warnings
-    assert all((run / name).exists() for name in ("020", "²", "best", "20.old", "30"))
+    assert all((run / name).exists() for name in ("040", "²", "best", "20.old", "30"))
 
 
 def test_a_second_damaged_folder_of_one_step_gets_a_number(run):
@@ -386,61 +380,3 @@ def test_a_failed_save_stops_the_run_where_that_is_asked(tmp_path):
         checkpoints.save(1, arrays_of(1), {})
         checkpoints.wait()
     checkpoints.close()
-
-
-SAVE_FOR_EVER = """
-import sys
-from tests.test_checkpoint import Checkpoints, arrays_of, like
-checkpoints = Checkpoints(sys.argv[1], on_warning=lambda text: sys.exit(text))
-restored = checkpoints.latest(like(arrays_of(0)))
-step = restored.step if restored else 0
-while True:
-    step += 1
-    checkpoints.save(step, arrays_of(step), {"step": step})
-    print(step, flush=True)
-"""
-
-
-def test_a_run_killed_while_saving_resumes_exactly(tmp_path):
-    draw, reached = np.random.default_rng(), 0
-    command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)]
-    for _ in range(3):
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
-            started = [int(child.stdout.readline()) for _ in range(int(draw.integers(3, 9)))]
-            child.kill()
-        assert started[0] > reached
-        partial = list(tmp_path.glob("saving-*"))
-        assert len(partial) <= 1 and len(list(tmp_path.iterdir())) <= 3 + len(partial)
-        warnings = []
-        restored = restore(tmp_path, warnings)
-        assert not warnings and restored.step >= started[-1] - 1
-        assert bits(restored.arrays) == bits(arrays_of(restored.step))
-        reached = restored.step
-
-
-HOLD = """
-import sys
-from seqlab.train.lock import RunLock
-with RunLock(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as child:
-        assert child.stdout.readline() == "held\n"
-        with (
-            pytest.raises(ConfigError, match=f"in use by process {child.pid} on"),
-            RunLock(tmp_path),
-        ):
-            pass
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        with RunLock(tmp_path), pytest.raises(ConfigError, match=f"by process {os.getpid()}"):
-            RunLock(tmp_path).__enter__()  # taken over from the dead, and held
-    with RunLock(tmp_path):
-        pass
-    assert json.loads((tmp_path / "lock.json").read_text()) == {}

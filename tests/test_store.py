@@ -59,8 +59,9 @@ def run(model, tmp_path) -> pathlib.Path:
     return folder
 
 
-def test_a_saved_model_comes_back_to_the_bit(model, saved):
-    loaded = store.load(saved)
+def test_a_saved_model_comes_back_to_the_bit(model, saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    loaded = store.load(saved.name)
     assert bits(loaded) == bits(model)
     assert loaded.config == model.config
     assert store.fingerprint(loaded) == store.fingerprint(model)
@@ -247,8 +248,9 @@ def test_weights_of_another_kind_are_refused(model, saved):
         store.load(saved)
 
 
-def test_a_run_loads_its_newest_checkpoint(model, run):
-    loaded = store.load(run)
+def test_a_run_loads_its_newest_checkpoint(model, run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    loaded = store.load(run.name)
     assert bits(loaded) == bits(model)
     assert all(isinstance(a, jax.Array) for a in parameters(loaded).values())
 

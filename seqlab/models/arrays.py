@@ -64,8 +64,9 @@ def read_arrays(
     restore = {group: ocp.args.StandardRestore(tree) for group, tree in groups(like).items()}
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            at = (step / ARRAYS).absolute()
-            restored = checkpointer.restore(at, args=ocp.args.Composite(**restore))
+            restored = checkpointer.restore(
+                (step / ARRAYS).absolute(), args=ocp.args.Composite(**restore)
+            )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{step} cannot be read ({type(error).__name__}).") from error
     found = {name: name.partition("/") for name in like}

@@ -170,7 +170,7 @@ def _checkpointer() -> ocp.AsyncCheckpointer:
 
 
 def _own(array: jax.Array) -> jax.Array:
-    """A copy where orbax would read the buffer itself while a donating step overwrites it.
+    """A copy where orbax reads the buffer itself, so that a step can still donate the original.
 
     That is on a CPU; from an accelerator orbax has copied to the host before `save` returns.
     """

@@ -1,7 +1,6 @@
 """One process at a time trains in a folder."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -34,20 +33,21 @@ class RunLock:
             file = self._open()
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    holder = _holder(file)
-                    file.close()
-                    raise ConfigError(
-                        f"{self.path.parent} is in use by {holder}: wait for it, or stop it first."
-                    ) from None
+            except BlockingIOError:
+                holder = _holder(file)
+                file.close()
+                raise ConfigError(
+                    f"{self.path.parent} is in use by {holder}: wait for it, or stop it first."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            _write(file, {"pid": os.getpid(), "host": socket.gethostname()})
             self._file = file
-            _say(file, {"pid": os.getpid(), "host": socket.gethostname()})
         return self
 
     def __exit__(self, *_) -> None:
         if self._file is not None:
-            _say(self._file, {})  # the file stays: removing it could free a lock just taken
+            _write(self._file, {})  # the file stays: a lock may just have been taken on it
             self._file.close()
 
     def _open(self) -> IO[str]:
@@ -60,7 +60,7 @@ class RunLock:
             ) from error
 
 
-def _say(file: IO[str], holder: dict) -> None:
+def _write(file: IO[str], holder: dict) -> None:
     with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
         file.truncate(0)
         file.write(json.dumps(holder) + "\n")

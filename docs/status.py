@@ -1,0 +1,107 @@
+"""The status table of README.md, from the code itself.
+
+    python docs/status.py
+
+writes it anew between its two markers, holding every mixer to the contract on the way (about half
+a minute a mixer). A test compares the table with the code.
+"""
+
+import ast
+import dataclasses
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
+
+import jax
+from flax import nnx
+
+from seqlab.conformance.suite import PROPERTIES, check, title
+from seqlab.kernels.recurrence import RECURRENCES
+from seqlab.layers.registry import mixer_config, mixers
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- status: python docs/status.py -->\n", "<!-- end of status -->\n"
+D_MODEL = 64  # of the state bytes; heads and sizes are the defaults of each Config
+
+#: What a column promises, and the properties that prove it.
+FEATURES = {
+    "chunks, pieces, steps agree": ("pieces equal the whole", "gradients equal the step form"),
+    "causal": ("future is not seen", "rows are independent"),
+    "packing": ("packed documents equal separate ones", "documents do not leak"),
+    "left padding": ("left padding is forgotten",),
+    "bf16": ("bfloat16 keeps a float32 state", "extreme inputs stay finite"),
+    "data x seq x model": ("sharded equals one device",),
+}
+Verdicts = Callable[[str], Mapping[str, bool | None]]  # of a mixer's name: property -> verdict
+
+
+def table(verdicts: Verdicts) -> str:
+    """One row a mixer, in Markdown."""
+    head = ["mixer", "kernel", "its forms", "state bytes", "longest document", *FEATURES]
+    rows = [[name, *_facts(name), *_marks(verdicts(name))] for name in mixers()]
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def measured(name: str) -> dict[str, bool | None]:
+    """The verdicts of `seqlab.check`."""
+    report = check(mixer_config(name))
+    print(report.table() if sys.stdout.isatty() else str(report), flush=True)
+    return {row.property: row.passed for row in report.rows}
+
+
+def promised(name: str) -> dict[str, bool | None]:
+    """What tests/test_mixers.py holds every mixer to: all of it."""
+    return {title(prove): True for prove in PROPERTIES}
+
+
+def replaced(text: str, new: str) -> str:
+    """`text` with what is between the markers replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + new + END + after
+
+
+def _facts(name: str) -> list[str]:
+    config = mixer_config(name)
+    mixer = jax.eval_shape(lambda: config.build(D_MODEL, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: mixer.init_state(1)))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    kernel = _kernel(type(config).__module__)
+    longest = "`max_length`" if mixer.max_length else "no limit"
+    if mixer.max_length and hasattr(config, "window"):
+        windowed = dataclasses.replace(config, window=8).build(D_MODEL, rngs=nnx.Rngs(0))
+        longest += "" if windowed.max_length else "; with a window no limit"
+    return [f"`{kernel}`", _forms(kernel), f"{size:,}", longest]
+
+
+def _kernel(module: str) -> str:
+    """The kernel family that a mixer's file imports."""
+    source = pathlib.Path(str(importlib.import_module(module).__file__)).read_text("utf-8")
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    names = [(node.module or "").split(".") for node in nodes]
+    families = [n[2] for n in names if n[:2] == ["seqlab", "kernels"] and len(n) == 3]
+    return next((f for f in families if f != "precision"), "its own scan")
+
+
+def _forms(kernel: str) -> str:
+    """The definition and its faster forms: a file of the family each."""
+    folder = pathlib.Path(__file__).parent.parent / "seqlab" / "kernels" / kernel
+    files = [f for f in ("xla", "pallas_tpu", "pallas_gpu") if (folder / f"{f}.py").exists()]
+    across = [] if kernel not in RECURRENCES else ["transition"]
+    if across and RECURRENCES[kernel].transition is None:
+        across = ["relay"]
+    return ", ".join(["definition", *files, *across])
+
+
+def _marks(verdicts: Mapping[str, bool | None]) -> list[str]:
+    proofs = [[verdicts[name] for name in names] for names in FEATURES.values()]
+    return ["yes" if all(p) else "no" if False in p else "not tried" for p in proofs]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    README.write_text(replaced(README.read_text("utf-8"), table(measured)), "utf-8")

@@ -1,0 +1,112 @@
+"""Every block of README.md and docs/ does what it says.
+
+```python            is run, in order, with the names of the blocks before it
+```python NAME.py    is written to a file of that name
+```bash              is run, `seqlab` being this one
+```console           has `$ seqlab ...` lines, whose options and arguments are checked
+"""
+
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import typer
+
+from docs import status
+from seqlab import cli
+from seqlab.conformance import suite
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"python", "bash", "console", "text"}
+
+
+class Code(NamedTuple):
+    language: str
+    file: str  # the name to write it to; empty to run it
+    line: int  # of the page, where it begins
+    text: str
+
+
+def blocks(page: pathlib.Path) -> list[Code]:
+    text = page.read_text("utf-8")
+    assert text.count("\n```") % 2 == 0, f"{page} has a fence that is not closed"
+    fence = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.M | re.S)
+    found = [Code(m[1], m[2], text[: m.start(3)].count("\n"), m[3]) for m in fence.finditer(text)]
+    assert len(found) == text.count("\n```") // 2, f"{page} has a fence without a language"
+    return found
+
+
+def name_of(page: pathlib.Path) -> str:
+    return page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    # the whole suite takes a while and is run by the tests of the mixers
+    monkeypatch.setattr(suite, "PROPERTIES", suite.PROPERTIES[1:3])
+    names: dict = {}
+    for block in blocks(page):
+        assert block.language in LANGUAGES, block
+        if block.language == "python" and block.file:
+            pathlib.Path(block.file).write_text(block.text)
+        elif block.language == "python":
+            script = tmp_path / f"{page.stem}_line_{block.line}.py"
+            script.write_text("\n" * block.line + block.text)  # tracebacks name the page's lines
+            names = runpy.run_path(str(script), names)
+            script.unlink()
+        elif block.language == "bash":
+            run(block.text, page)
+
+
+def run(script: str, page: pathlib.Path) -> None:
+    prelude = f'set -euo pipefail\nseqlab() {{ "{sys.executable}" -m seqlab "$@"; }}\n'
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    done = subprocess.run(
+        ["bash", "-c", prelude + script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{page.name}:\n{script}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+
+
+COMMANDS = [
+    pytest.param(part[part.index("seqlab") + 1 :], id=f"{page.name}: {' '.join(part)}"[:100])
+    for page in PAGES
+    for block in blocks(page)
+    if block.language in ("console", "bash")
+    for line in block.text.replace("\\\n", " ").splitlines()
+    if "seqlab" in (part := shlex.split(line.removeprefix("$ ").rpartition("| ")[2], comments=True))
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_every_documented_command_is_understood(arguments):
+    group = typer.main.get_command(cli.app)
+    with group.make_context("seqlab", list(arguments)) as context:
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = group.resolve_command(context, rest)
+        command.make_context(name, rest, parent=context)
+
+
+def test_the_status_table_is_that_of_the_code():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert readme == status.replaced(readme, status.table(status.promised)), (
+        "run python docs/status.py"
+    )
+
+
+def test_every_link_of_a_page_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,151 @@
+"""The model obeys the same law as its mixers, at every depth and on any mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks.compile import equations
+from seqlab import settings
+from seqlab.conformance.tolerance import GRADIENT, assert_close
+from seqlab.errors import ConfigError, ModelError
+from seqlab.layers import ffn
+from seqlab.layers.mixers import attention, gla, mamba2
+from seqlab.models import lm
+from seqlab.models.parameters import axes, bind, decays, parameters
+from seqlab.models.summary import parameter_count, state_bytes, table
+from seqlab.parallel.mesh import use_mesh, weight_shardings
+from seqlab.train.corpus import Batch
+from seqlab.train.step import loss
+
+PATTERN = (gla.Config(), mamba2.Config(), attention.Config(window=8))
+CONFIG = lm.Config(vocab=64, d_model=32, pattern=PATTERN, repeats=2, dtype="float32")
+
+
+def build(config=CONFIG, seed=0):
+    return config.build(rngs=nnx.Rngs(seed))
+
+
+@jax.jit
+def run(model, tokens, state=None, reset=None):
+    return model(tokens, state, reset=reset)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(0), (2, 32), 0, CONFIG.vocab)
+
+
+def test_pieces_equal_the_whole(model, tokens):
+    reset = jnp.zeros((2, 32), bool).at[0, 11].set(True).at[1, 25].set(True)
+    expected, last = run(model, tokens, None, reset)
+    first, state = run(model, tokens[:, :16], None, reset[:, :16])
+    second, state = run(model, tokens[:, 16:], state, reset[:, 16:])
+    assert_close(jnp.concatenate([first, second], 1), expected, GRADIENT)
+    assert_close(state, last, GRADIENT)
+
+
+def test_logits_and_states_are_float32_when_computing_in_bfloat16(tokens):
+    narrow = build(settings.override(CONFIG, ["dtype=bfloat16"]))
+    x, state = jax.eval_shape(narrow.hidden, tokens)
+    assert (x.dtype, jax.eval_shape(narrow.logits, x).dtype) == (jnp.bfloat16, jnp.float32)
+    floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)]
+    assert {a.dtype for a in floats} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("remat", ["cheap", "all"])
+def test_remat_changes_no_gradient(model, tokens, remat):
+    batch = Batch(tokens, jnp.ones_like(tokens))
+    nats = jax.jit(jax.grad(lambda params, model: loss(bind(model, params), batch).nats))
+    other = build(settings.override(CONFIG, [f"remat={remat}"]))
+    assert_close(nats(parameters(model), other), nats(parameters(model), model), GRADIENT)
+
+
+def test_sharded_loss_and_gradients_equal_one_device(model):
+    tokens = jax.random.randint(jax.random.key(1), (4, 33), 0, CONFIG.vocab)
+    segments = jnp.broadcast_to(1 + (jnp.arange(33) >= 20), tokens.shape)
+    batch = Batch(tokens, segments)
+    both = lambda: jax.jit(jax.value_and_grad(lambda p: loss(bind(model, p), batch).nats))
+    params = parameters(model)
+    expected = both()(params)
+    with use_mesh(data=2, seq=2, model=2) as mesh:
+        shapes = {name: a.shape for name, a in params.items()}
+        placed = jax.device_put(params, weight_shardings(shapes, axes(model), mesh))
+        assert placed["embed.weight"].sharding.spec == jax.P("model", "data")
+        actual = both()(placed)
+    assert_close(actual, expected, GRADIENT)
+
+
+def test_the_program_is_as_large_for_any_depth_and_length():
+    def count(repeats, T):
+        model = build(settings.override(CONFIG, [f"repeats={repeats}"]))
+        tokens = jnp.zeros((1, T), jnp.int32)
+        jaxpr = jax.make_jaxpr(lambda model, tokens: model(tokens)[0])(model, tokens)
+        return sum(1 for _ in equations(jaxpr.jaxpr))
+
+    assert count(2, 256) == count(4, 256) == count(2, 1024)
+
+
+def test_names_are_flat_and_stacked_over_depth(model):
+    params = parameters(model)
+    assert params["blocks.0.mixer.qkv.weight"].shape == (2, 32, 64)
+    assert params["blocks.1.mixer.A_log"].shape == (2, 4)
+    assert "head.weight" not in params
+    untied = parameters(build(settings.override(CONFIG, ["tie_embeddings=false"])))
+    assert untied["head.weight"].shape == (32, 64)
+    assert list(axes(model)) == list(decays(model)) == list(params)
+
+
+def test_binding_other_names_is_refused(model):
+    params = parameters(model)
+    params["blocks.9.mixer.qkv.weight"] = params.pop("norm.weight")
+    with pytest.raises(ModelError, match="1 are missing .*norm.weight"):
+        bind(model, params)
+
+
+def test_an_attention_only_model_declares_its_limit():
+    full = lm.Config(vocab=8, d_model=16, pattern=(attention.Config(max_length=32), gla.Config()))
+    assert build(full).max_length == 32
+    assert build().max_length is None
+
+
+def test_the_table_adds_up(model):
+    rows = table(model)
+    assert sum(row["parameters"] for row in rows) == parameter_count(model)
+    assert sum(row["state_bytes"] for row in rows) == state_bytes(model)
+    state = model.init_state(3)
+    assert sum(a.nbytes for a in jax.tree.leaves(state)) == 3 * state_bytes(model)
+
+
+def test_a_config_survives_json():
+    assert settings.read(lm.Config, settings.plain(CONFIG)) == CONFIG
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ("d_model=33", "does not divide into 4 heads"),
+        ("d_model=0", "d_model must be at least 1"),
+        ("pattern=[]", "at least one mixer"),
+        ('pattern=[{"mixer": "glaa"}]', "did you mean 'gla'"),
+        ("pattern.0.head=2", "did you mean 'heads'"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence(change, message):
+    with pytest.raises(ConfigError, match=message):
+        build(settings.override(CONFIG, [change]))
+
+
+def test_grouped_norm_and_swiglu_are_their_equations():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+    layer = ffn.Config(ratio=2.0, multiple_of=1).build(8, rngs=nnx.Rngs(0))
+    gate, up, down = (np.asarray(w.weight[...]) for w in (layer.gate, layer.up, layer.down))
+    hidden = np.asarray(x) @ gate
+    expected = (hidden / (1 + np.exp(-hidden)) * (np.asarray(x) @ up)) @ down
+    assert_close(layer(x), expected.astype(np.float32))
