@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -28,11 +29,14 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run a command; errors of the user's input become one line and their exit status."""
+    warnings.showwarning = lambda message, *_: print(f"seqlab: {message}", file=sys.stderr)
     try:
         app()
     except SeqlabError as error:
         print(f"seqlab: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

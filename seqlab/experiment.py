@@ -4,9 +4,11 @@ import pathlib
 import zlib
 from collections.abc import Callable
 
+import jax
+
 from seqlab.errors import SeqlabError
 from seqlab.infer.generate import generate
-from seqlab.models.summary import parameter_count, state_bytes, table
+from seqlab.models.summary import table
 from seqlab.train.config import Config
 from seqlab.train.held_out import held_out_text
 from seqlab.train.loop import Outcome, train
@@ -19,7 +21,8 @@ TEMPERATURE = 0.8  # of the samples
 def run(config: Config, folder: pathlib.Path, *, say: Callable[[str], object] = print) -> Outcome:
     """Train in `folder` (or go on there) and, when finished, write samples.txt and report.html."""
     outcome = train(config, folder, say=say)
-    if outcome.finished and outcome.trained:
+    unreported = outcome.trained or not (folder / "report.html").exists()
+    if outcome.finished and unreported:
         samples = continue_prompts(config, outcome)
         text = "\n\n".join(f"{s['prompt']}{s['text']}" for s in samples)
         (folder / "samples.txt").write_text(text + "\n", "utf-8")
@@ -70,16 +73,11 @@ def verdict(folder: pathlib.Path, baselines: dict[str, float]) -> str:
 
 def report(config: Config, folder, outcome: Outcome, samples, baselines) -> pathlib.Path:
     """Write report.html and its pictures; returns the page's path."""
-    facts = {
-        "parameters": parameter_count(outcome.model),
-        "state bytes per sequence": state_bytes(outcome.model),
-        "compute dtype": str(outcome.model.dtype),
-    }
     return write_report(
         folder,
         title=folder.name,
         model_table=table(outcome.model),
-        facts=facts,
+        facts={"Compute dtype": str(outcome.model.dtype), "Device": jax.devices()[0].device_kind},
         samples=samples,
         baselines=baselines,
     )
