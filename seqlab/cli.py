@@ -1,5 +1,6 @@
 """The command line: one entry point, `seqlab`. Bad input is one sentence and a non-zero status."""
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -110,14 +111,17 @@ def check(
 ) -> None:
     """Hold a mixer to the contract: one row a property, with its verdict and worst error."""
     import jax
-
-    jax.config.update("jax_num_cpu_devices", 8)  # so that sharding can be tried anywhere
-    import rich
+    from rich.console import Console
 
     from seqlab.conformance import suite
 
-    report = suite.check(suite.load_mixer(mixer, fields or []), d_model=d_model)
-    rich.print(report.table())
+    with contextlib.suppress(RuntimeError):  # JAX has started: take the devices it has
+        jax.config.update("jax_num_cpu_devices", 8)  # so that sharding can be tried anywhere
+    config = suite.load_mixer(mixer, fields or [])
+    with Console(stderr=True).status(f"{mixer}: compiling") as status:
+        show = lambda row: status.update(f"{mixer}: {row.property} done")
+        report = suite.check(config, d_model=d_model, on_row=show)
+    Console().print(report.table())
     raise typer.Exit(0 if report.passed else 1)
 
 

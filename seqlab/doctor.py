@@ -7,7 +7,7 @@ import jax
 from rich.markup import escape
 from rich.table import Table
 
-from seqlab.kernels import attention, decayed_outer_product  # noqa: F401 (they enter the list)
+from seqlab.kernels import attention, decayed_outer_product  # noqa: F401 (it enters the list)
 from seqlab.kernels.recurrence import RECURRENCES
 
 PACKAGES = ("seqlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore")
@@ -28,13 +28,14 @@ def machine() -> Table:
 
 
 def implementations() -> Table:
-    """Every recurrence, the forms it has, and the one that is taken here."""
+    """Every kernel, the forms it has, and the one that is taken here."""
     backend = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
-    rows = Table("recurrence", "here", "all forms", "sharded by", title="kernels")
+    rows = Table("kernel", "here", "all forms", "sharded by", title="implementations")
     for name, recurrence in sorted(RECURRENCES.items()):
         by = "transition" if recurrence.transition else "relay"
         here = recurrence.implementation_on(backend)
         rows.add_row(name, here, ", ".join(recurrence.implementations), by)
+    rows.add_row("attention", "xla", ", ".join(attention.IMPLEMENTATIONS), "XLA")
     return rows
 
 

@@ -65,9 +65,11 @@ def compressed(config: Config) -> dict[str, float]:
 
 
 def verdict(folder: pathlib.Path, baselines: dict[str, float]) -> str:
-    """The last held-out figure beside the baselines, in one line."""
-    rows = [row for row in read(folder / "metrics.jsonl") if "held_out_bits_per_byte" in row]
-    ours = f"held-out {rows[-1]['held_out_bits_per_byte']:.3f} bits/byte" if rows else "done"
+    """The last figure, held-out if there is one, beside the baselines, in one line."""
+    last = {name: value for row in read(folder / "metrics.jsonl") for name, value in row.items()}
+    held_out = "held_out_bits_per_byte" in last
+    bits = last["held_out_bits_per_byte" if held_out else "bits_per_byte"]
+    ours = f"{'held-out' if held_out else 'last step'} {bits:.3f} bits/byte"
     return ", ".join([ours, *(f"{name} {bits:.3f}" for name, bits in baselines.items())])
 
 

@@ -64,6 +64,8 @@ def generate(
     run = Run(session.fork(batch), tokenizer, sampling, seed, stop, exact=save_state is not None)
     live = not as_json and len(run.rows) == 1
     with Terminal() as terminal:
+        if live and prompt is not None:
+            terminal.echo(prompt)
         for _ in run.go(steps, terminal, PACE if live else None):
             if live:
                 terminal.show(run.rows[0].ready())

@@ -33,6 +33,12 @@ class Terminal:
     def __exit__(self, *_) -> None:
         self._restore()
 
+    def echo(self, prompt: str) -> None:
+        """Show the prompt, dimmed, before its continuation; files and pipes get only the latter."""
+        if sys.stdout.isatty():
+            sys.stdout.write(f"\x1b[2m{prompt.translate(_CONTROLS)}\x1b[0m")
+            sys.stdout.flush()
+
     def show(self, text: str, end: str = "") -> None:
         """Write at once."""
         if sys.stdout.isatty():

@@ -107,6 +107,9 @@ class LM(nnx.Module):
 
         `state` None is the empty state; `reset` None is no document start (an empty state needs
         none). Any T >= 1: feeding a text in pieces gives what feeding it at once gives.
+
+        Call it under `jax.jit` (a model is a pytree, so pass it as an argument): outside, the scan
+        over depth is compiled anew at every call.
         """
         x, state = self.hidden(tokens, state, reset=reset)
         return self.logits(x), state

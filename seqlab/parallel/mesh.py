@@ -29,7 +29,8 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
     if need > len(devices):
         raise ConfigError(
             f"The mesh data={data} x seq={seq} x model={model} needs {need} devices but this "
-            f"machine has {len(devices)}: make the mesh smaller."
+            f"machine has {len(devices)}: make the mesh smaller, or, to try it on a CPU, set "
+            f"JAX_NUM_CPU_DEVICES={need}."
         )
     axes = (AxisType.Auto,) * 3
     return jax.make_mesh((data, seq, model), (DATA, SEQ, MODEL), axes, devices=devices[:need])

@@ -51,12 +51,12 @@ def attention_with_lse(
     """
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key-value heads.")
-    known = {"reference": definition, "xla": blockwise}
-    if implementation not in (None, *known):
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ConfigError(
-            f"attention has no implementation {implementation!r}: {nearest(implementation, known)}"
+            f"attention has no implementation {implementation!r}: "
+            + nearest(implementation, IMPLEMENTATIONS)
         )
-    run = definition if q.shape[1] == 1 else known[implementation or "xla"]
+    run = definition if q.shape[1] == 1 else IMPLEMENTATIONS[implementation or "xla"]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     at = q_position, q_document, k_position, k_document
     return run(q, k, v, *at, window=window, sinks=sinks, scale=scale)
@@ -78,3 +78,6 @@ def definition(
     y = jnp.einsum("bgrts,bsgv->btgrv", weights, v, preferred_element_type=wide)
     lse = lse.transpose(0, 3, 1, 2).reshape(B, T, H)
     return y.reshape(B, T, H, v.shape[-1]).astype(q.dtype), lse
+
+
+IMPLEMENTATIONS = {"reference": definition, "xla": blockwise}
