@@ -13,7 +13,7 @@ from seqlab.train.config import Checkpoint
 
 config = dataclasses.replace(
     demo,
-    steps=2000,
+    steps=1500,
     evaluate_every=250,
-    checkpoint=Checkpoint(every=500),
+    checkpoint=Checkpoint(every=250),
 )
