@@ -23,6 +23,25 @@ def write_texts(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """A small tokenizer.json: byte-level BPE that asks for truncation, and knows an end mark."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<unk>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["the cat sat on the mat, the end"] * 3, trainer)
+    bpe.enable_truncation(4)
+    bpe.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def tiny(texts: pathlib.Path, **fields) -> Config:
     """With a constant rate after the warm-up, so that runs of all lengths are one program."""
     text = Text((f"{texts}/*.txt",), name="cats")

@@ -9,29 +9,14 @@ import pytest
 from seqlab.errors import DataError, ModelError
 from seqlab.models import tokenizer as module
 from seqlab.models.tokenizer import load_tokenizer
+from tests.runs import write_tokenizer
 
 TEXT = "def naïve(): return '中文 🎉'\n\x00<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small tokenizer.json: byte-level BPE that asks for truncation, and knows an end mark."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290,
-        special_tokens=["<unk>", "<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["the cat sat on the mat, the end"] * 3, trainer)
-    bpe.enable_truncation(4)
-    path = tmp_path_factory.mktemp("bpe")
-    bpe.save(str(path / "tokenizer.json"))
-    return path
+    return write_tokenizer(tmp_path_factory.mktemp("bpe"))
 
 
 @pytest.fixture(params=["bytes", "file"])

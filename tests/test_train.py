@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqlab import settings
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError, DataError, NumericalError
 from seqlab.layers.mixers import mamba2
@@ -22,7 +23,7 @@ from seqlab.train import sinks, state, step
 from seqlab.train.config import Checkpoint, Mesh, Optimizer, Track
 from seqlab.train.lock import FILE as LOCK
 from seqlab.train.loop import train
-from tests.runs import losses, rows, stored, tiny, write_texts
+from tests.runs import losses, rows, stored, tiny, write_texts, write_tokenizer
 
 CONFIG_FILE = """
 import pathlib
@@ -328,3 +329,16 @@ def test_a_mesh_trains_as_one_device_does_and_resumes_on_another(texts, whole, t
     for name, array in spread.items():
         assert np.asarray(array).tobytes() == arrays[f"params/{name}"]
     assert saved[1]["step"] == 6
+
+
+def test_a_run_keeps_its_tokenizer(texts, tmp_path):
+    (tmp_path / "bpe").mkdir()
+    spec = str(write_tokenizer(tmp_path / "bpe") / "tokenizer.json")
+    config = tiny(texts, steps=2)
+    config = settings.override(config, [f"data.tokenizer={spec}", "model.vocab=290"])
+    outcome = train(config, tmp_path / "run", say=lambda text: None)
+    shutil.rmtree(tmp_path / "bpe")
+    kept = store.load_tokenizer(tmp_path / "run")
+    assert kept.fingerprint == outcome.tokenizer.fingerprint
+    assert kept.decode(kept.encode("the cat")) == "the cat"
+    assert store.load(tmp_path / "run").config.vocab == 290
