@@ -32,13 +32,16 @@ def test_failed_and_skipped_rows_show_in_text_and_table():
         Row("one", True, 1e-7, 1e-5, ""),
         Row("two", False, 0.5, 0.0, "y [B, T]"),
         Row("three", None, None, None, "only one device here"),
+        Row("four", False, float("inf"), 0.0, "not finite"),
+        Row("five", False, float("nan"), 0.0, "neither"),
     )
     report = Report("mine", rows)
     assert not report.passed
-    assert str(report).splitlines()[0] == "mine: 1 of 3 properties FAIL (1 skipped)"
+    assert str(report).splitlines()[0] == "mine: 3 of 5 properties FAIL (1 skipped)"
     console = rich.console.Console(file=io.StringIO(), width=120)
     console.print(report.table())
     text = console.file.getvalue()
+    assert all(error in str(report) and error in text for error in (" inf ", " nan "))
     assert "5.0e-01" in text and "y [B, T]" in text and "only one device here" in text
 
 

@@ -95,10 +95,10 @@ class Report:
 
 
 def number(value: float | None) -> str:
-    """An error for reading: `0`, `1.2e-07`, or nothing."""
+    """An error for reading: `0`, `1.2e-07`, `inf`, or nothing."""
     if value is None:
         return ""
-    return f"{value:g}" if value == int(value) and value < 1000 else f"{value:.1e}"
+    return f"{value:g}" if value < 1000 and value.is_integer() else f"{value:.1e}"
 
 
 def named(tree) -> dict[str, jax.Array]:
