@@ -110,6 +110,15 @@ def test_every_strategy_equals_one_device(strategy, channels):
     assert_close(gradients, expected_gradients, GRADIENT)
 
 
+def test_a_single_head_stays_whole_on_a_mesh_that_splits_heads():
+    *stretch, state = tokens(16, 1)
+    *stretch, reset = (a[:, :, :1] if a.ndim > 2 else a for a in stretch)
+    args = *stretch, reset, state[:, :1]
+    expected = decayed_outer_product(*args)
+    with use_mesh(seq=2, model=2):
+        assert_close(jax.jit(decayed_outer_product)(*args), expected)
+
+
 def test_bfloat16_operands_keep_a_float32_state():
     args = tokens(64, K, dtype=jnp.bfloat16)
     (y, state), gradients = value_and_gradients("xla", 32, *args)

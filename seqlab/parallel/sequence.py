@@ -62,8 +62,8 @@ def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State):
     """Run f(*tokens, state) -> (y, state) by hand over the ambient mesh, if there is one.
 
     Tokens are [B, T, heads, ...] and the state is [B, heads, ...]. An axis that does not divide
-    evenly stays whole; tokens with a single head are shared by all heads. `shard` runs where time
-    is split, `whole` where it is not.
+    evenly stays whole; tokens with a single head are shared by all heads, if there are several.
+    `shard` runs where time is split, `whole` where it is not.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
@@ -71,8 +71,8 @@ def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State):
 
     def split(axis: str, dim: int, shared: tuple[int, ...] = ()):
         sizes = {a.shape[dim] for a in jax.tree.leaves(tokens) if a.ndim > dim}
-        fits = all(size % mesh.shape[axis] == 0 or size in shared for size in sizes)
-        return axis if fits and mesh.shape[axis] > 1 else None
+        whole = {size for size in sizes if size % mesh.shape[axis]}
+        return axis if whole <= set(shared) and whole < sizes and mesh.shape[axis] > 1 else None
 
     batch, time, heads = split(DATA, 0), split(SEQ, 1), split(MODEL, 2, shared=(1,))
 
