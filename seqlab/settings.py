@@ -6,9 +6,9 @@ and refuses names it does not know, so loading a config never runs code.
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from seqlab.errors import ConfigError, nearest
 
@@ -16,6 +16,9 @@ C = TypeVar("C")
 
 #: `@dataclass(frozen=True, config=STRICT)`: pydantic would ignore a misspelt field by default.
 STRICT = ConfigDict(extra="forbid")
+
+#: The type of a field: a number above 0, neither infinite nor NaN.
+PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def plain(config: Any) -> dict:

@@ -4,8 +4,11 @@ import functools
 
 import pytest
 
+from seqlab import settings
 from seqlab.conformance.suite import PROPERTIES, examine, title
 from seqlab.conformance.trial import Trial
+from seqlab.errors import ConfigError
+from seqlab.layers import ffn
 from seqlab.layers.registry import mixer_config, mixers
 
 SHARDED = "sharded equals one device"  # slow to compile: variants that shard alike leave it out
@@ -46,3 +49,25 @@ def test_mixer_has_the_property(case, prove):
     assert row.passed, f"{row.note} (error {row.error}, allowed {row.allowed})"
     if row.property == GRADIENTS:
         assert row.allowed < 1e-9, f"not in float64: {row.note}"
+
+
+@pytest.mark.parametrize(
+    "name, numbers",
+    [
+        ("gla", "heads expand_k expand_v conv_width decay_rank decay_temperature chunk_size"),
+        ("mamba2", "head_dim d_state groups expand conv_width dt_min dt_max chunk_size"),
+        ("attention", "heads kv_heads head_dim window max_length rope_base"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf")])
+def test_a_number_that_makes_no_sense_is_refused_by_name(name, numbers, wrong):
+    for field in numbers.split():
+        with pytest.raises(ConfigError, match=field):
+            mixer_config(name, **{field: wrong})
+
+
+@pytest.mark.parametrize("field", ["ratio", "multiple_of"])
+@pytest.mark.parametrize("wrong", [-1, 0, float("nan"), float("inf")])
+def test_an_ffn_that_makes_no_sense_is_refused_by_name(field, wrong):
+    with pytest.raises(ConfigError, match=field):
+        settings.read(ffn.Config, {field: wrong})

@@ -2,23 +2,19 @@
 
 import jax
 from flax import nnx
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from seqlab.errors import ConfigError
 from seqlab.layers.linear import Linear
-from seqlab.settings import STRICT
+from seqlab.settings import STRICT, PositiveFinite
 
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
     """`ratio` is inner width over model width; the inner width is rounded up to `multiple_of`."""
 
-    ratio: float = 8 / 3
-    multiple_of: int = 32
-
-    def __post_init__(self):
-        if self.ratio <= 0 or self.multiple_of < 1:
-            raise ConfigError(f"ffn needs ratio > 0 and multiple_of >= 1, not {self}.")
+    ratio: PositiveFinite = 8 / 3
+    multiple_of: PositiveInt = 32
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "SwiGLU":
         inner = -int(-d_model * self.ratio // self.multiple_of) * self.multiple_of

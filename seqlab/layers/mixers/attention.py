@@ -18,7 +18,7 @@ from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.norm import RMSNorm
 from seqlab.layers.rope import positions, rope
-from seqlab.settings import STRICT
+from seqlab.settings import STRICT, PositiveFinite
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -36,7 +36,7 @@ class Config:
     window: int | None = None
     sinks: int = 0
     max_length: int | None = 256
-    rope_base: float | None = 10_000.0
+    rope_base: PositiveFinite | None = 10_000.0
     qk_norm: bool = False
     qkv_bias: bool = False
     implementation: str | None = None

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
@@ -14,20 +15,20 @@ from seqlab.layers.conv import ShortConv
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.norm import RMSNorm
-from seqlab.settings import STRICT
+from seqlab.settings import STRICT, PositiveFinite
 
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
     """Key and value widths are d_model times `expand_k` and `expand_v`, shared by the heads."""
 
-    heads: int = 4
-    expand_k: float = 0.5
-    expand_v: float = 1.0
-    conv_width: int = 4  # of the short convolution over q, k and v; 0 for none
-    decay_rank: int = 16
-    decay_temperature: float = 16.0  # divides log-sigmoid, so that memories start out long
-    chunk_size: int = 64
+    heads: PositiveInt = 4
+    expand_k: PositiveFinite = 0.5
+    expand_v: PositiveFinite = 1.0
+    conv_width: NonNegativeInt = 4  # of the short convolution over q, k and v; 0 for none
+    decay_rank: PositiveInt = 16
+    decay_temperature: PositiveFinite = 16.0  # divides log-sigmoid, so that memories start out long
+    chunk_size: PositiveInt = 64
     implementation: str | None = None
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "GLA":

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
@@ -15,27 +16,27 @@ from seqlab.layers.conv import ShortConv
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.norm import RMSNorm
-from seqlab.settings import STRICT
+from seqlab.settings import STRICT, PositiveFinite
 
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
     """`expand` * d_model channels in heads of `head_dim`; B and C are shared within `groups`."""
 
-    head_dim: int = 16
-    d_state: int = 16
-    groups: int = 1
-    expand: float = 2.0
-    conv_width: int = 4
-    dt_min: float = 1e-3  # at the start, dt is log-uniform between these two
-    dt_max: float = 0.1
+    head_dim: PositiveInt = 16
+    d_state: PositiveInt = 16
+    groups: PositiveInt = 1
+    expand: PositiveFinite = 2.0
+    conv_width: PositiveInt = 4
+    dt_min: PositiveFinite = 1e-3  # at the start, dt is log-uniform between these two
+    dt_max: PositiveFinite = 0.1
     dt_limit: tuple[float, float] = (0.0, 1e9)  # dt is clipped to this range at all times
-    chunk_size: int = 64
+    chunk_size: PositiveInt = 64
     implementation: str | None = None
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Mamba2":
         inner = int(self.expand * d_model)
-        if inner % self.head_dim:
+        if inner < 1 or inner % self.head_dim:
             raise ConfigError(
                 f"mamba2: expand * d_model = {inner} does not divide by head_dim = {self.head_dim}."
             )
