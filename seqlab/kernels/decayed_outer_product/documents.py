@@ -40,5 +40,7 @@ def gate_gradient(docs: Documents, pairs, writes, passes):
     """
     sees = docs.sees.astype(pairs.dtype)
     before = sees * (1 - jnp.eye(sees.shape[1], dtype=sees.dtype))
-    later = jnp.einsum("bij,bi...->bj...", sees, pairs)
-    return later + jnp.einsum("bij,bj...->bi...", before, writes) + passes[:, None]
+    exact = jax.lax.Precision.HIGHEST  # terms that nearly cancel; accelerators round by default
+    later = jnp.einsum("bij,bi...->bj...", sees, pairs, precision=exact)
+    earlier = jnp.einsum("bij,bj...->bi...", before, writes, precision=exact)
+    return later + earlier + passes[:, None]
