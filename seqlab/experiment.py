@@ -24,11 +24,11 @@ def run(config: Config, folder: pathlib.Path, *, say: Callable[[str], object] = 
     unreported = outcome.trained or not (folder / "report.html").exists()
     if outcome.finished and unreported:
         samples = continue_prompts(config, outcome)
-        text = "\n\n".join(f"{s['prompt']}{s['text']}" for s in samples)
-        (folder / "samples.txt").write_text(text + "\n", "utf-8")
         baselines = compressed(config)
         say(verdict(folder, baselines))
+        text = "\n\n".join(f"{s['prompt']}{s['text']}" for s in samples)
         try:
+            (folder / "samples.txt").write_text(text + "\n", "utf-8")
             page = report(config, folder, outcome, samples, baselines)
             say(f"The report is in {page}")
         except Exception as error:  # the run itself is whole; its page can be written again
