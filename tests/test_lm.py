@@ -102,6 +102,15 @@ def test_names_are_flat_and_stacked_over_depth(model):
     assert list(axes(model)) == list(decays(model)) == list(params)
 
 
+@pytest.mark.parametrize("declared", [{}, {"axes": ("embde", None)}])
+def test_a_weight_without_known_axes_is_refused_by_name(declared):
+    module = nnx.Module()
+    module.scale = nnx.Param(jnp.ones((2, 2)), **declared)
+    for read in (axes, decays):
+        with pytest.raises(ModelError, match="The weight scale has the axes "):
+            read(module)
+
+
 def test_binding_other_names_is_refused(model):
     params = parameters(model)
     params["blocks.9.mixer.qkv.weight"] = params.pop("norm.weight")

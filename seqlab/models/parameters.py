@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from seqlab.errors import ModelError
+from seqlab.parallel.mesh import RULES
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -34,9 +35,10 @@ def bind(model: M, params: Mapping[str, jax.Array]) -> M:
 
 
 def axes(model: nnx.Module) -> dict[str, tuple[str | None, ...]]:
-    """The logical axes of every weight, by name (see `parallel.mesh.RULES`)."""
+    """The logical axes of every weight, by name; raises ModelError where a weight has none, or one
+    that `parallel.mesh.RULES` does not know."""
     variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
-    return {_name(path): variable.axes for path, variable in variables}
+    return {_name(path): _axes(path, variable) for path, variable in variables}
 
 
 def decays(model: nnx.Module) -> dict[str, bool]:
@@ -46,9 +48,20 @@ def decays(model: nnx.Module) -> dict[str, bool]:
     """
     variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
     return {
-        _name(path): len(variable.axes) > 1 and variable.get_metadata().get("decay", True)
+        _name(path): len(_axes(path, variable)) > 1 and variable.get_metadata().get("decay", True)
         for path, variable in variables
     }
+
+
+def _axes(path, variable) -> tuple[str | None, ...]:
+    named = variable.get_metadata().get("axes") if _is_variable(variable) else None
+    if named is None or not set(named) <= set(RULES):
+        known = ", ".join(str(name) for name in RULES)
+        raise ModelError(
+            f"The weight {_name(path)} has the axes {named}: declare it as nnx.Param(array, "
+            f"axes=(...)) with one of {known} for each dimension."
+        )
+    return named
 
 
 def _is_variable(node) -> bool:
