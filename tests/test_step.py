@@ -95,7 +95,9 @@ def test_a_step_is_adamw_on_the_mean_loss():
         sign = g / (np.abs(g) + config.eps)  # the first step of Adam
         by_hand[name] = weight - config.lr * (sign + config.weight_decay * weight * decays_here)
     copies = {name: jnp.array(np.asarray(a)) for name, a in params.items()}
-    updated, _, metrics = step.make_step(model, optimizer)(copies, optimizer.init(params), batch)
+    began = optimizer.init(params)
+    updated, _, metrics = step.make_step(model, optimizer)(copies, began, batch)
+    assert all(a.is_deleted() for a in jax.tree.leaves((copies, began)) if a.ndim), "not donated"
     assert_close(updated, by_hand, GRADIENT)
     assert_close(metrics["grad_norm"], norm, GRADIENT)
     assert int(metrics["tokens"]) == 18
