@@ -8,7 +8,7 @@ import numpy as np
 import pydantic
 import pytest
 
-from seqlab.errors import ConfigError, DataError, ModelError, SeqlabError
+from seqlab.errors import ConfigError, DataError, SeqlabError
 from seqlab.models.tokenizer import load_tokenizer
 from seqlab.train import corpus as corpus_module
 from seqlab.train.corpus import open_corpus
@@ -192,10 +192,6 @@ def test_unfit_data_is_one_sentence(folder):
         mixture(folder, train=())
     with pytest.raises(ConfigError, match="4 rows cannot be split over 3 processes"):
         Loader(mixture(folder), BYTES, process_count=3)
-    with Loader(mixture(folder), BYTES) as loader:
-        loader.check_vocab(257)
-        with pytest.raises(ModelError, match="257 ids but the model only 256"):
-            loader.check_vocab(256)
 
 
 def test_changed_data_is_refused_on_resume(folder):

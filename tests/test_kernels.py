@@ -11,8 +11,7 @@ from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.short_conv import short_conv
-from seqlab.parallel.mesh import use_mesh
-from seqlab.parallel.sequence import STRATEGIES
+from seqlab.parallel.mesh import STRATEGIES, use_mesh
 
 B, G, H, K, V = 2, 2, 4, 8, 16
 

@@ -10,7 +10,7 @@ from seqlab.errors import ConfigError
 from seqlab.layers.mixers import attention, gla, mamba2
 from seqlab.models import lm
 from seqlab.models.parameters import bind, decays, parameters
-from seqlab.train import state, step
+from seqlab.train import step
 from seqlab.train.config import Optimizer
 from seqlab.train.corpus import Batch
 from tests import leaky
@@ -18,7 +18,7 @@ from tests import leaky
 
 def test_only_matrices_decay():
     pattern = (mamba2.Config(), gla.Config(), attention.Config(qk_norm=True, qkv_bias=True))
-    mask = decays(state.skeleton(lm.Config(vocab=9, d_model=64, pattern=pattern)))
+    mask = decays(lm.Config(vocab=9, d_model=64, pattern=pattern).skeleton())
     for word in ("norm", "A_log", "dt_bias", "bias", ".D"):
         named = [name for name in mask if word in name]
         assert named and not any(mask[name] for name in named), word

@@ -58,8 +58,8 @@ def generate(
     if "nan" in done.finish:
         rows = [b for b, reason in enumerate(done.finish) if reason == "nan"]
         raise ModelError(
-            f"The logits of rows {rows} are not finite: the weights or the state are damaged; "
-            "a Session gives the tokens before that."
+            f"The logits of rows {rows} are not finite: weights or state are damaged, or the state "
+            "is past the model's max_length; a Session gives the tokens before that."
         )
     return done.tokens[0] if single and len(done.tokens) == 1 else done.tokens
 

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from pydantic.dataclasses import dataclass
 
+from seqlab.errors import ConfigError
+from seqlab.settings import STRICT
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class Sampling:
     """How to draw a token; temperature 0 takes the likeliest and ignores the filters.
 
@@ -25,13 +28,13 @@ class Sampling:
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+            raise ConfigError(f"temperature must be 0 (greedy) or more, not {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+            raise ConfigError(f"top_k must be at least 1, not {self.top_k}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be between 0 and 1, not {self.min_p}")
+            raise ConfigError(f"min_p must be between 0 and 1, not {self.min_p}.")
 
     @property
     def numbers(self) -> dict[str, float]:

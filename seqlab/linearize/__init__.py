@@ -1,0 +1,1 @@
+"""Turning a pretrained transformer into a recurrent model: the top floor, not furnished yet."""

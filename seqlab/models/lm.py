@@ -51,6 +51,10 @@ class Config:
     def build(self, *, rngs: nnx.Rngs) -> "LM":
         return LM(self, rngs=rngs)
 
+    def skeleton(self) -> "LM":
+        """The model without its numbers: every weight a ShapeDtypeStruct."""
+        return jax.eval_shape(lambda: self.build(rngs=nnx.Rngs(0)))
+
 
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)) unless there is no ffn."""

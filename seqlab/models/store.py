@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.flax
-from flax import nnx
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ModelError
@@ -68,7 +67,7 @@ def load(path: str | os.PathLike, *, on_warning: Callable[[str], object] = warni
     path = pathlib.Path(path)
     if (path / "checkpoints").is_dir():
         config = _config(path)
-        skeleton = _skeleton(config)
+        skeleton = config.skeleton()
         step = _newest(path / "checkpoints", on_warning)
         _same_model(path, step, config)
         return bind(skeleton, _read_step(step, parameters(skeleton)))
@@ -79,7 +78,7 @@ def load(path: str | os.PathLike, *, on_warning: Callable[[str], object] = warni
             f"{path} has no {WEIGHTS} and no checkpoints: train or save a model first."
         )
     artifacts.verify(path)
-    skeleton = _skeleton(_config(path))
+    skeleton = _config(path).skeleton()
     return bind(skeleton, _weights(path / WEIGHTS, parameters(skeleton)))
 
 
@@ -125,10 +124,6 @@ def _fields(path: pathlib.Path) -> dict:
 
 def _config(path: pathlib.Path) -> lm.Config:
     return settings.read(lm.Config, _fields(path)["model"], where=str(path / "config.json"))
-
-
-def _skeleton(config: lm.Config) -> lm.LM:
-    return jax.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
 
 
 def _replaceable(path: pathlib.Path) -> bool:

@@ -8,13 +8,16 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from seqlab.errors import ConfigError
+from seqlab.errors import ConfigError, nearest
 
 DATA, SEQ, MODEL = "data", "seq", "model"  # the mesh axes: they split batch, time, heads
 
 #: Logical axis of a weight -> mesh axis. Weights are split over `data` too (as in FSDP): XLA
 #: gathers each layer's when it is used and scatters its gradient.
 RULES = {"embed": DATA, "heads": MODEL, "ffn": MODEL, "vocab": MODEL, None: None}
+
+#: How states travel along `seq`; `parallel.sequence` has the code.
+STRATEGIES = ("all_gather", "ring")
 
 _strategy = contextvars.ContextVar("strategy", default="all_gather")
 
@@ -25,6 +28,8 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
     Axes are Auto: XLA places everything that is not written by hand with shard_map. Raises
     ConfigError if there are fewer devices than that.
     """
+    if min(data, seq, model) < 1:
+        raise ConfigError(f"The mesh data={data} x seq={seq} x model={model} has an axis below 1.")
     need, devices = data * seq * model, jax.devices()
     if need > len(devices):
         raise ConfigError(
@@ -45,6 +50,8 @@ def use_mesh(
     `strategy` names how states travel along `seq` (see `sequence.enter`). It is read while tracing,
     so a function compiled under one strategy keeps it.
     """
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"There is no strategy {strategy!r}: {nearest(strategy, STRATEGIES)}")
     mesh = make_mesh(data, seq, model)
     token = _strategy.set(strategy)
     try:

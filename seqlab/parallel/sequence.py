@@ -9,7 +9,6 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from seqlab.errors import ConfigError, nearest
 from seqlab.parallel.mesh import DATA, MODEL, SEQ
 
 State = Any
@@ -23,9 +22,7 @@ def enter(transition: Callable, state: State, strategy: str) -> tuple[State, Sta
     strategy    all_gather (LASP-2, Sun et al., 2025: one collective, then every device folds the
                 transitions before it) or ring (LASP-1, Sun et al., 2024: device after device)
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"There is no strategy {strategy!r}: {nearest(strategy, STRATEGIES)}")
-    return STRATEGIES[strategy](transition, state)
+    return {"all_gather": _all_gather, "ring": _ring}[strategy](transition, state)
 
 
 def _all_gather(transition, state):
@@ -42,9 +39,6 @@ def _ring(transition, state):
         sent = lax.ppermute(transition(entering), SEQ, [(i, i + 1) for i in range(size - 1)])
         entering = jax.tree.map(lambda new, old: jnp.where(me == hop, new, old), sent, entering)
     return entering, _from(size - 1, transition(entering))
-
-
-STRATEGIES = {"all_gather": _all_gather, "ring": _ring}
 
 
 def relay(run: Callable, tokens: tuple, state: State) -> tuple[Any, State]:

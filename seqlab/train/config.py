@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from seqlab import settings
 from seqlab.errors import ConfigError, SeqlabError, nearest
 from seqlab.models import lm
-from seqlab.parallel.sequence import STRATEGIES
+from seqlab.parallel.mesh import STRATEGIES
 from seqlab.settings import STRICT
 from seqlab.train.data import Data
 from seqlab.train.optimizer import Config as Optimizer

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from seqlab.errors import DataError, ModelError, nearest
+from seqlab.errors import DataError, nearest
 from seqlab.models.tokenizer import Tokenizer
 from seqlab.settings import STRICT
 from seqlab.train.corpus import Batch, Corpus, Row, gather, open_corpus, process_block
@@ -99,14 +99,6 @@ class Loader:
     @property
     def bytes_per_token(self) -> float:
         return float(self._shares @ [c.bytes / c.targets for c in self._corpora])
-
-    def check_vocab(self, vocab: int) -> None:
-        """Raises ModelError where the tokenizer has ids that a model of `vocab` ids lacks."""
-        if self._tokenizer.vocab > vocab:
-            raise ModelError(
-                f"The tokenizer {self.data.tokenizer!r} has {self._tokenizer.vocab} ids but the "
-                f"model only {vocab}: set the model's vocab to {self._tokenizer.vocab}."
-            )
 
     def __iter__(self) -> Iterator[Batch]:
         return self

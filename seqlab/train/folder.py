@@ -54,7 +54,7 @@ def _read(path: pathlib.Path) -> dict:
         then = json.loads(path.read_text("utf-8"))
     except ValueError:
         then = None
-    if not isinstance(then, dict) or then.get("format") != FORMAT or "run" not in then:
+    if not isinstance(then, dict) or (then.get("format"), type(then.get("run"))) != (FORMAT, dict):
         raise CheckpointError(
             f"{path} is damaged or of another version of seqlab: restore it, or start another run."
         )

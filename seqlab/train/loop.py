@@ -48,9 +48,11 @@ def train(
     Raises ConfigError where the folder holds another run or a running one, CheckpointError where
     all its checkpoints are damaged, NumericalError after `max_bad_steps` bad steps in a row.
     """
+    if jax.process_count() > 1:
+        raise ConfigError("Training runs in one process so far: start a single one.")
     folder = pathlib.Path(folder)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    model = states.skeleton(config.model)
+    model = config.model.skeleton()
     _check(config, model, tokenizer)
     m = config.mesh
     with contextlib.ExitStack() as stack:

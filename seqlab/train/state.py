@@ -21,11 +21,6 @@ class State(NamedTuple):
     optimizer: Any
 
 
-def skeleton(config: lm.Config) -> LM:
-    """The model without its numbers: every weight a ShapeDtypeStruct."""
-    return jax.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
-
-
 def abstract(model: LM, optimizer: optax.GradientTransformation, mesh) -> State:
     """Shapes, dtypes and places of the state. An optimizer's moments lie where their weights do."""
     params, names = parameters(model), axes(model)
