@@ -28,7 +28,7 @@ def test_a_mesh_that_cannot_be_is_one_sentence():
 def test_outside_a_mesh_nothing_is_asked():
     x = jax.numpy.ones((4, 6))
     assert constrain(x, "data", "seq") is x
-    with use_mesh(data=2, strategy="ring"):
+    with use_mesh(data=2, seq=2, strategy="ring"):
         assert current_strategy() == "ring"
         split = jax.jit(lambda x: constrain(x, "data", "seq"))(x)
         assert split.sharding.spec == jax.P("data", "seq")
