@@ -19,7 +19,7 @@ from flax import nnx
 
 from seqlab.conformance.suite import PROPERTIES, check, title
 from seqlab.kernels.recurrence import RECURRENCES
-from seqlab.layers.registry import mixer_config, mixers
+from seqlab.layers.registry import mixer_config, own_mixers
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- status: python docs/status.py -->\n", "<!-- end of status -->\n"
@@ -40,7 +40,7 @@ Verdicts = Callable[[str], Mapping[str, bool | None]]  # of a mixer's name: prop
 def table(verdicts: Verdicts) -> str:
     """One row a mixer, in Markdown."""
     head = ["mixer", "kernel", "its forms", "state bytes", "longest document", *FEATURES]
-    rows = [[name, *_facts(name), *_marks(verdicts(name))] for name in mixers()]
+    rows = [[name, *_facts(name), *_marks(verdicts(name))] for name in own_mixers()]
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

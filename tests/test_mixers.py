@@ -9,7 +9,7 @@ from seqlab.conformance.suite import PROPERTIES, examine, title
 from seqlab.conformance.trial import Trial
 from seqlab.errors import ConfigError
 from seqlab.layers import ffn
-from seqlab.layers.registry import mixer_config, mixers
+from seqlab.layers.registry import mixer_config, own_mixers
 
 SHARDED = "sharded equals one device"  # slow to compile: variants that shard alike leave it out
 GRADIENTS = "gradients equal the step form"
@@ -20,7 +20,7 @@ VARIANTS = {
     "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
     "mamba2": [{"groups": 2, "head_dim": 32, "dt_limit": (1e-2, 0.1), "chunk_size": 32}],
 }
-CASES = [(name, {}) for name in mixers()]
+CASES = [(name, {}) for name in own_mixers()]
 CASES += [(name, fields) for name in VARIANTS for fields in VARIANTS[name]]
 
 

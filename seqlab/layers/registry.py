@@ -22,9 +22,14 @@ from seqlab.layers import mixers as package
 _brought: dict[str, type] = {}
 
 
+def own_mixers() -> list[str]:
+    """Names of seqlab's own mixers: the listing of their folder."""
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
 def mixers() -> list[str]:
     """Names of every mixer that can be built here: seqlab's own and those registered."""
-    return sorted({m.name for m in pkgutil.iter_modules(package.__path__)} | set(_brought))
+    return sorted({*own_mixers(), *_brought})
 
 
 def register_mixer(config_class: type, name: str | None = None) -> str:
@@ -88,7 +93,7 @@ def mixer_name(config: Any) -> str:
 def _class(name: str) -> type | None:
     if name in _brought:
         return _brought[name]
-    if name not in {m.name for m in pkgutil.iter_modules(package.__path__)}:
+    if name not in own_mixers():
         return None
     return importlib.import_module(f"{package.__name__}.{name}").Config
 
