@@ -12,7 +12,7 @@ from seqlab import cli, settings
 from seqlab.errors import ConfigError
 from seqlab.layers import registry
 from seqlab.layers.mixers import attention, gla, mamba2
-from seqlab.layers.registry import mixer_config, mixer_name, mixers
+from seqlab.layers.registry import mixer_config, mixer_name, own_mixers
 from seqlab.models import lm
 from seqlab.train import config as configs
 from seqlab.train.config import Config, Optimizer
@@ -303,7 +303,7 @@ def test_the_last_override_of_a_field_counts(texts):
     assert settings.override(tiny(texts), ["steps=3", "steps=5"]).steps == 5
 
 
-@pytest.mark.parametrize("name", mixers())
+@pytest.mark.parametrize("name", own_mixers())
 def test_mixer_configs_survive_json(name):
     config = mixer_config(name)
     model = lm.Config(vocab=9, d_model=8, pattern=(config, config))

@@ -15,7 +15,7 @@ import pytest
 
 from seqlab import settings
 from seqlab.conformance.tolerance import GRADIENT, assert_close
-from seqlab.errors import ConfigError, DataError, NumericalError
+from seqlab.errors import CheckpointError, ConfigError, DataError, NumericalError
 from seqlab.layers.mixers import mamba2
 from seqlab.models import artifacts, lm, store
 from seqlab.models.parameters import parameters
@@ -342,3 +342,21 @@ def test_a_run_keeps_its_tokenizer(texts, tmp_path):
     assert kept.fingerprint == outcome.tokenizer.fingerprint
     assert kept.decode(kept.encode("the cat")) == "the cat"
     assert store.load(tmp_path / "run").config.vocab == 290
+
+
+def test_a_run_that_lost_its_checkpoints_starts_anew_and_says_so(texts, whole, tmp_path):
+    folder, said = shutil.copytree(whole, tmp_path / "run"), []
+    shutil.rmtree(folder / "checkpoints")
+    train(tiny(texts, steps=2), folder, say=said.append)
+    assert "holds no checkpoint: starting at step 1" in said[0]
+    assert (folder / "metrics.jsonl.old").read_text() == (whole / "metrics.jsonl").read_text()
+    assert losses(folder) == losses(whole)[:2]
+
+
+def test_a_run_whose_last_step_is_not_saved_does_not_end_well(texts, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(artifacts, "publish", full)
+    with pytest.raises(CheckpointError, match="Step 2, the last, is not saved"):
+        train(tiny(texts, steps=2), tmp_path / "run", say=lambda text: None)

@@ -127,7 +127,7 @@ def exactly(actual, expected, what: str) -> Finding:
     """The largest difference between two trees, none of which is allowed."""
     expected = named(expected)
     return worst(
-        Finding(_difference(leaf, expected[name]), 0.0, f"{what}: {name}")
+        Finding(_difference(leaf, expected[name]), 0.0, f"{what}: {name}".rstrip(": "))
         for name, leaf in named(actual).items()
     )
 

@@ -168,6 +168,8 @@ def _check(prompt, prompt_file, steps, batch, stop, save_state, state) -> None:
             raise ConfigError(f"--{name} must be at least 1, not {value}.")
     if stop == "":
         raise ConfigError("The stop string is empty: give at least one character, or no --stop.")
+    if save_state is not None and save_state.exists() and not save_state.is_file():
+        raise ConfigError(f"--save-state {save_state} is no ordinary file: choose another name.")
     if save_state is not None and not save_state.resolve().parent.is_dir():
         raise ConfigError(f"The folder of --save-state {save_state} does not exist: create it.")
 

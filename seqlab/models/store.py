@@ -159,6 +159,10 @@ def _newest(folder: pathlib.Path, on_warning: Callable[[str], object]) -> pathli
         for fault in faults:
             on_warning(f"A damaged checkpoint was passed over: {fault}")
         return folder / str(number)
+    if not faults and any(folder.glob("*.damaged*")):
+        faults = [
+            f"Every checkpoint in {folder} was damaged and set aside: restore one from a copy."
+        ]
     raise CheckpointError(faults[0] if faults else f"{folder} holds no checkpoint: train first.")
 
 

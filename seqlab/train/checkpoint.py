@@ -93,6 +93,11 @@ class Checkpoints:
         if error is not None:
             self._failed(step, error)
 
+    def poll(self) -> None:
+        """Report a save that has ended by now, without waiting for one that has not."""
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+
     def close(self) -> None:
         """Finish what is under way; no thread is left."""
         try:

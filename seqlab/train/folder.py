@@ -49,6 +49,14 @@ def write(folder: pathlib.Path, config: Config) -> None:
         ) from error
 
 
+def set_rows_aside(folder: pathlib.Path) -> pathlib.Path | None:
+    """Rename the metrics of a run that left no checkpoint, so that none are overwritten."""
+    rows, aside = folder / "metrics.jsonl", folder / "metrics.jsonl.old"
+    if not rows.exists() or rows.stat().st_size == 0:
+        return None
+    return rows.replace(aside)
+
+
 def _read(path: pathlib.Path) -> dict:
     try:
         then = json.loads(path.read_text("utf-8"))

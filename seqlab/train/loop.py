@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from seqlab import settings
-from seqlab.errors import ConfigError, NumericalError
+from seqlab.errors import CheckpointError, ConfigError, NumericalError
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind, decays
 from seqlab.models.tokenizer import Tokenizer, load_tokenizer
@@ -140,6 +140,11 @@ class _Run:
             self._evaluate()
         self._save()
         self.checkpoints.wait()
+        if self.step not in self.checkpoints.steps():
+            raise CheckpointError(
+                f"Step {self.step}, the last, is not saved in {self.folder}: free space and run "
+                "the same command again."
+            )
         if self.step < config.steps:
             self.say(f"{stop.signal}: saved at step {self.step}; run the same command to go on.")
         return self._outcome(trained=True)
@@ -154,6 +159,7 @@ class _Run:
             params, optimizer, metrics = self.train_step(*self.state, batch)
             self.state = states.State(params, optimizer)
             self.step += 1
+            self.checkpoints.poll()
             if pending is not None:
                 last = self._record(*pending, last, began)
             pending = (self.step, metrics, waited)
@@ -237,6 +243,12 @@ class _Run:
         like = states.abstract(self.model, self.optimizer, self.mesh)
         restored = self.checkpoints.latest(states.to_arrays(like))
         if restored is None:
+            rows = run_folder.set_rows_aside(self.folder)
+            if rows:
+                self.say(
+                    f"{self.folder} holds no checkpoint: starting at step 1; the rows of the "
+                    f"earlier run are in {rows.name}."
+                )
             return states.start(self.config.model, self.config.seed, self.optimizer, like)
         self.step, self.tokens = restored.step, restored.metadata["tokens"]
         self.position = restored.metadata["position"]
