@@ -2,12 +2,14 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -57,7 +59,7 @@ class Checkpoints:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seqlab-checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
         self._newest: int | None = None
-        logging.getLogger("absl").addFilter(_no_tracebacks)
+        _quiet()
 
     def save(self, step: int, arrays: Mapping[str, jax.Array], metadata: Mapping) -> None:
         """Begin to save step `step`; the arrays may be donated when this returns.
@@ -105,7 +107,6 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._checkpointer.close()
-            logging.getLogger("absl").removeFilter(_no_tracebacks)
 
     def steps(self) -> list[int]:
         """The steps that are there, whole or damaged, oldest first."""
@@ -190,9 +191,26 @@ def _reason(error: BaseException) -> str:
     return os.strerror(number) if number else lines[0] if lines else type(error).__name__
 
 
-def _no_tracebacks(record: logging.LogRecord) -> bool:
-    """Orbax logs every failure with a page of its threads; the error itself reaches us anyway."""
-    return "orbax" not in record.pathname
+def _quiet() -> None:
+    """A failed save reaches us as an error; keep orbax and tensorstore from printing it as well.
+
+    Their threads go on calling back into an event loop that has ended, and tasks that nobody
+    awaited are collected, for as long as the process lives: so this is never undone.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_of_orbax)
+    before = sys.unraisablehook
+    if not (isinstance(before, functools.partial) and before.func is _unless_late):
+        sys.unraisablehook = functools.partial(_unless_late, before)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+
+
+def _unless_late(before: Callable, unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        before(unraisable)
 
 
 def _set_aside(folder: pathlib.Path) -> pathlib.Path:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import socket
@@ -39,8 +40,8 @@ class RunLock:
                 raise ConfigError(
                     f"{self.path.parent} is in use by {holder}: wait for it, or stop it first."
                 ) from None
-            except OSError:
-                pass  # a file system without locks
+            except OSError as error:  # a file system without locks: train all the same
+                logging.getLogger(__name__).debug("%s cannot be locked: %s", self.path, error)
             _write(file, {"pid": os.getpid(), "host": socket.gethostname()})
             self._file = file
         return self
