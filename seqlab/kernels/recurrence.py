@@ -22,23 +22,26 @@ RECURRENCES: dict[str, "Recurrence"] = {}
 
 
 class Recurrence:
-    """f(*tokens, state, implementation=None, **options) -> (y, state).
+    """f(*tokens, *weights, state, implementation=None, **options) -> (y, state).
 
-    tokens are [B, T, ...] with any T >= 1, state is [B, ...]; it runs on any mesh. `implementation`
-    None takes the best for the platform that the program is lowered for; a name takes that one. A
-    single token takes the definition, which is its fastest form.
+    tokens are [B, T, ...] with any T >= 1, state is [B, ...], weights (`weights` says how many) are
+    [heads, ...] and the same for all tokens; it runs on any mesh. `implementation` None takes the
+    best for the platform that the program is lowered for; a name takes that one. A single token
+    takes the definition, which is its fastest form.
     """
 
     __name__: str  # the definition's
 
-    def __init__(self, reference: Callable, implementations: dict, transition: Callable | None):
+    def __init__(self, reference: Callable, implementations: dict, transition, weights: int):
         functools.update_wrapper(self, reference)
         self.implementations = {"reference": reference, **implementations}
-        self.transition = transition
+        self.transition, self.weights = transition, weights
         RECURRENCES[reference.__name__] = self
 
     def __call__(self, *args, implementation: str | None = None, **options):
         *tokens, state = args
+        cut = len(tokens) - self.weights
+        tokens, weights = tuple(tokens[:cut]), tuple(tokens[cut:])
         if tokens[0].shape[1] == 1:
             implementation = "reference"
         run = functools.partial(self._run, implementation, options)
@@ -51,7 +54,7 @@ class Recurrence:
             entering, leaving = sequence.enter(stretch, state, current_strategy())
             return run(*tokens, entering)[0], leaving
 
-        return sequence.on_mesh(run, shard, tuple(tokens), state)
+        return sequence.on_mesh(run, shard, tokens, state, weights)
 
     def implementation_on(self, platform: str) -> str:
         """The name of the implementation that `None` means on "cpu", "tpu" or "cuda"."""
@@ -76,7 +79,8 @@ class Recurrence:
 
 
 def recurrence(
-    transition: Callable | None = None, **implementations: Callable
+    transition: Callable | None = None, weights: int = 0, **implementations: Callable
 ) -> Callable[[Callable], Recurrence]:
-    """Decorate a definition `f(*tokens, state, **options)` with its transition and faster forms."""
-    return lambda reference: Recurrence(reference, implementations, transition)
+    """Decorate a definition `f(*tokens, *weights, state, **options)` with its transition and faster
+    forms; `weights` is how many arguments are weights."""
+    return lambda reference: Recurrence(reference, implementations, transition, weights)

@@ -52,16 +52,17 @@ def relay(run: Callable, tokens: tuple, state: State) -> tuple[Any, State]:
     return y, state
 
 
-def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State):
-    """Run f(*tokens, state) -> (y, state) by hand over the ambient mesh, if there is one.
+def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State, weights: tuple = ()):
+    """Run f(*tokens, *weights, state) -> (y, state) by hand over the ambient mesh, if there is one.
 
-    Tokens are [B, T, heads, ...] and the state is [B, heads, ...]. An axis that does not divide
-    evenly stays whole; tokens with a single head are shared by all heads, if there are several.
+    Tokens are [B, T, heads, ...], weights [heads, ...] and the state is [B, heads, ...]. An axis
+    that does not divide evenly stays whole; tokens with a single head are shared by all heads, if
+    there are several.
     `shard` runs where time is split, `whole` where it is not.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
-        return whole(*tokens, state)
+        return whole(*tokens, *weights, state)
 
     def split(axis: str, dim: int, shared: tuple[int, ...] = ()):
         sizes = {a.shape[dim] for a in jax.tree.leaves(tokens) if a.ndim > dim}
@@ -76,20 +77,21 @@ def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State):
 
     of_tokens = jax.tree.map(of_token, tokens)
     of_state = jax.tree.map(lambda a: P(*(batch, heads)[: a.ndim]), state)
+    of_weights = jax.tree.map(lambda a: P(heads if a.shape[0] > 1 else None), weights)
     run = whole if time is None else shard
     used = [axis for axis in (batch, time, heads) if axis]
 
-    def local(tokens, state):
+    def local(tokens, weights, state):
         # what several shards share enters as copies, so that the gradients of all are summed
         copies = lambda a, spec: _varying(a, *(x for x in used if x not in spec))
         tokens = jax.tree.map(copies, tokens, of_tokens)
+        weights = jax.tree.map(copies, weights, of_weights)
         state = jax.tree.map(lambda a, spec: copies(a, (*spec, SEQ)), state, of_state)
-        return run(*tokens, state)
+        return run(*tokens, *weights, state)
 
-    lifted = jax.shard_map(
-        local, in_specs=(of_tokens, of_state), out_specs=(P(batch, time, heads), of_state)
-    )
-    return lifted(tokens, state)
+    specs = (of_tokens, of_weights, of_state)
+    lifted = jax.shard_map(local, in_specs=specs, out_specs=(P(batch, time, heads), of_state))
+    return lifted(tokens, weights, state)
 
 
 def _from(shard: int, tree):

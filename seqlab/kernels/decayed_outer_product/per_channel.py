@@ -47,7 +47,7 @@ def backward(q, k, v, log_decay, reset, S, dy, D):
     dv += dot("bjhk,bhkv->bjhv", c.k_end.astype(narrow), D_n)
     D = c.decay * D + dot("bihk,bihv->bhkv", c.q_start.astype(narrow), dy_n)
     group = lambda d, a: d.reshape(*a.shape[:3], -1, a.shape[3]).sum(3)  # [B, C, H, K] -> G
-    return group(dq, q), group(dk, k), dv, d_log_decay, D
+    return group(dq, q), group(dk, k), dv, d_log_decay, None, D
 
 
 class _Chunk:

@@ -50,7 +50,8 @@ def backward(q, k, v, log_decay, reset, S, dy, D):
         passes=jnp.sum(c.decay * S * D, (-2, -1)),
     )
     D = c.decay * D + dot("bigk,bigrv->bgrkv", q, dy_start)
-    return dq, dk, dv.reshape(v.shape), d_log_decay.reshape(log_decay.shape), c.ungrouped_state(D)
+    D = c.ungrouped_state(D)
+    return dq, dk, dv.reshape(v.shape), d_log_decay.reshape(log_decay.shape), None, D
 
 
 class _Chunk:
