@@ -94,10 +94,6 @@ def stack(n: int) -> Step:
     )
 
 
-#: [out, in] of torch's linear maps <-> our [in, out].
-TRANSPOSE = transpose(1, 0)
-
-
 class Joined:
     """Arrays end to end along an axis, read only where they are indexed."""
 
@@ -146,3 +142,7 @@ def _split(arrays: list, sizes: Sequence[int], axis: int) -> list:
 
 def _join(arrays: list, axis: int) -> np.ndarray:
     return np.concatenate([np.asarray(a) for a in arrays], axis)
+
+
+#: [out, in] of torch's linear maps <-> our [in, out].
+TRANSPOSE = transpose(1, 0)
