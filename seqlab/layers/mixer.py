@@ -27,6 +27,11 @@ class Mixer(nnx.Module):
     #: Longest document this mixer can hold in its state; None is no limit.
     max_length: int | None = None
 
+    #: A mixer that shares defines `mix(x, state, reset, shared) -> y, state, shared` instead:
+    #: `shared` [B, T, D] travels from block to block beside x (a model starts it with its
+    #: embeddings), None where the mixer stands alone.
+    shares: bool = False
+
     def __call__(
         self, x: jax.Array, state: State = None, *, reset: jax.Array | None = None
     ) -> tuple[jax.Array, State]:
@@ -34,12 +39,14 @@ class Mixer(nnx.Module):
             state = self.init_state(x.shape[0])
         if reset is None:
             reset = jnp.zeros(x.shape[:2], bool)
+        if self.shares:
+            return self.mix(x, state, reset, None)[:2]
         return self.mix(x, state, reset)
 
     def init_state(self, batch: int) -> State:
         """The empty state for `batch` rows."""
         raise NotImplementedError(f"{type(self).__name__} must define init_state(batch)")
 
-    def mix(self, x: jax.Array, state: State, reset: jax.Array) -> tuple[jax.Array, State]:
+    def mix(self, x: jax.Array, state: State, reset: jax.Array, *shared) -> tuple:
         """x [B, T, D], state, reset [B, T] -> y [B, T, D] in the dtype of x, state as it came."""
         raise NotImplementedError(f"{type(self).__name__} must define mix(x, state, reset)")

@@ -98,7 +98,8 @@ def _class(name: str) -> type | None:
     return importlib.import_module(f"{package.__name__}.{name}").Config
 
 
-def _from_plain(value: Any) -> Any:
+def from_plain(value: Any) -> Any:
+    """A mixer's Config, from what `to_plain` wrote; a Config stays what it is."""
     if isinstance(value, Mapping):
         fields = {str(name): field for name, field in value.items()}
         name = fields.pop("mixer", None)
@@ -110,9 +111,10 @@ def _from_plain(value: Any) -> Any:
     return value
 
 
+def to_plain(config: Any) -> dict:
+    """`{"mixer": name, ...its fields}`, ready for JSON."""
+    return {"mixer": mixer_name(config), **settings.plain(config)}
+
+
 #: A mixer's Config as a field of another config: `{"mixer": name, ...its fields}` in JSON.
-MixerConfig = Annotated[
-    Any,
-    PlainValidator(_from_plain),
-    PlainSerializer(lambda config: {"mixer": mixer_name(config), **settings.plain(config)}),
-]
+MixerConfig = Annotated[Any, PlainValidator(from_plain), PlainSerializer(to_plain)]

@@ -1,6 +1,6 @@
 """A language model is a mixer over tokens: the same contract, the same law, one level up."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,14 @@ from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
 from seqlab.layers import ffn as channel_mixer
+from seqlab.layers import norm as norms
+from seqlab.layers.channel_mixer import ChannelMixerConfig
 from seqlab.layers.linear import Linear
 from seqlab.layers.mixer import State
-from seqlab.layers.norm import RMSNorm
-from seqlab.layers.registry import MixerConfig
+from seqlab.models import block as blocks
+from seqlab.models.block import BlockConfig, Join
 from seqlab.parallel.mesh import DATA, SEQ, constrain
-from seqlab.settings import STRICT
+from seqlab.settings import STRICT, PositiveFinite
 
 #: What a period of the pattern recomputes in the backward pass: nothing, all but products, all.
 Remat = Literal["none", "cheap", "all"]
@@ -26,7 +28,14 @@ _POLICIES = {
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
-    """A model of `len(pattern) * repeats` blocks; `pattern` holds one mixer config per block.
+    """A model of `len(pattern) * repeats` blocks, and of those `before` and `after` them.
+
+    A block is given as a mixer's config, which takes the model's `ffn` and `join`, or as a whole
+    `block.Config`. Only the pattern is scanned over depth: what compiles is one period of it, and
+    each block before and after.
+
+    Embeddings are multiplied by `embed_scale`, then normed if `embed_norm` says how; logits are
+    multiplied by `logit_scale`, then bent below `logit_cap` by a tanh if there is one.
 
     dtype "auto" computes in float32 on a CPU and in bfloat16 on an accelerator; weights, states,
     gates and logits are float32 in any case.
@@ -34,12 +43,20 @@ class Config:
 
     vocab: int
     d_model: int
-    pattern: tuple[MixerConfig, ...]
+    pattern: tuple[BlockConfig, ...]
     repeats: int = 1
-    ffn: channel_mixer.Config | None = channel_mixer.Config()
+    ffn: ChannelMixerConfig | None = channel_mixer.Config()
     tie_embeddings: bool = True
     remat: Remat = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    before: tuple[BlockConfig, ...] = ()
+    after: tuple[BlockConfig, ...] = ()
+    join: Join = Join()
+    norm: norms.Config = norms.Config()
+    embed_scale: PositiveFinite = 1.0
+    embed_norm: norms.Config | None = None
+    logit_scale: PositiveFinite = 1.0
+    logit_cap: PositiveFinite | None = None
 
     def __post_init__(self):
         for name in ("vocab", "d_model", "repeats"):
@@ -55,56 +72,53 @@ class Config:
         """The model without its numbers: every weight a ShapeDtypeStruct."""
         return jax.eval_shape(lambda: self.build(rngs=nnx.Rngs(0)))
 
-
-class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)) unless there is no ffn."""
-
-    def __init__(self, config: Config, mixer, *, rngs: nnx.Rngs):
-        d = config.d_model
-        self.mixer_norm, self.mixer = RMSNorm(d), mixer.build(d, rngs=rngs)
-        self.ffn_norm = RMSNorm(d) if config.ffn else None
-        self.ffn = config.ffn.build(d, rngs=rngs) if config.ffn else None
-
-    def __call__(self, x, state, reset):
-        y, state = self.mixer(self.mixer_norm(x), state, reset=reset)
-        x += y
-        if self.ffn is not None and self.ffn_norm is not None:
-            x += self.ffn(self.ffn_norm(x))
-        return x, state
+    def block(self, entry: Any) -> blocks.Config:
+        """An entry of before, pattern or after as a whole block."""
+        if isinstance(entry, blocks.Config):
+            return entry
+        return blocks.Config(mixer=entry, ffn=self.ffn, join=self.join)
 
 
 class LM(nnx.Module):
-    """Embedding, the pattern of blocks scanned `repeats` times, a norm, logits.
+    """Embedding, blocks of which the pattern is scanned `repeats` times, a norm, logits.
 
-    The state is a tuple with one mixer state per block of the pattern, whose leaves carry the
-    repeats in front: [repeats, B, ...].
+    The state is a tuple with one BlockState per block before, of the pattern, and after, in this
+    order, whose leaves carry the repeats in front: [repeats, B, ...], [1, B, ...] off the pattern.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         c = self.config = config
         self.embed = Linear(c.vocab, c.d_model, ("vocab", "embed"), std=c.d_model**-0.5, rngs=rngs)
-
-        def period(key):
-            rngs = nnx.Rngs(key)
-            return nnx.List([Block(c, mixer, rngs=rngs) for mixer in c.pattern])
-
+        self.embed_norm = c.embed_norm.build(c.d_model) if c.embed_norm else None
+        build = lambda entries, rngs: nnx.List(
+            [c.block(entry).build(c.d_model, rngs=rngs) for entry in entries]
+        )
+        self.before = build(c.before, rngs)
+        period = lambda key: build(c.pattern, nnx.Rngs(key))
         self.blocks = jax.vmap(period)(jax.random.split(rngs.params(), c.repeats))
-        self.norm = RMSNorm(c.d_model)
+        self.after = build(c.after, rngs)
+        self.norm = c.norm.build(c.d_model)
         tied = c.tie_embeddings
         self.head = None if tied else Linear(c.d_model, c.vocab, ("embed", "vocab"), rngs=rngs)
 
     @property
     def max_length(self) -> int | None:
         """Longest document the model can hold in its state; None is no limit."""
-        limits = [b.mixer.max_length for b in self.blocks if b.mixer.max_length is not None]
-        return min(limits, default=None)
+        every = [*self.before, *self.blocks, *self.after]
+        limits = [getattr(layer, "max_length", None) for b in every for layer in b.layers]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def init_state(self, batch: int) -> State:
         """The empty state for `batch` rows."""
-        c = self.config
         first = jax.tree.map(lambda a: a[0], self.blocks)
-        one = tuple(block.mixer.init_state(batch) for block in first)
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (c.repeats, *a.shape)), one)
+        stacked = lambda n, b: jax.tree.map(
+            lambda a: jnp.broadcast_to(a, (n, *a.shape)), b.init_state(batch)
+        )
+        return (
+            *(stacked(1, block) for block in self.before),
+            *(stacked(self.config.repeats, block) for block in first),
+            *(stacked(1, block) for block in self.after),
+        )
 
     def __call__(self, tokens: jax.Array, state: State = None, *, reset=None):
         """tokens [B, T] int, reset [B, T] bool -> logits [B, T, vocab] float32, state.
@@ -125,18 +139,29 @@ class LM(nnx.Module):
         if reset is None:
             reset = jnp.zeros(tokens.shape, bool)
 
-        def period(x, blocks_and_states):
-            states = []
-            for block, state in zip(*blocks_and_states, strict=True):
-                x, state = block(x, state, reset)
-                states.append(state)
-            return constrain(x, DATA, SEQ, None), tuple(states)
-
+        x = self._embed(tokens)
+        shares = any(block.shares for block in (*self.before, *self.blocks, *self.after))
+        stream, n, m = (x, x if shares else None), len(self.before), len(self.blocks)
+        period = lambda stream, xs: self._period(stream, *xs, reset)
         if self.config.remat != "none":
             period = jax.checkpoint(period, policy=_POLICIES[self.config.remat])
-        x = constrain(self.embed.weight[...][tokens].astype(self.dtype), DATA, SEQ, None)
-        x, state = jax.lax.scan(period, x, (self.blocks, state))
-        return self.norm(x), state
+        stream, before = _unstacked(period, stream, self.before, state[:n])
+        stream, middle = jax.lax.scan(period, stream, (self.blocks, state[n : n + m]))
+        (x, _), after = _unstacked(period, stream, self.after, state[n + m :])
+        return self.norm(x), (*before, *middle, *after)
+
+    def _embed(self, tokens):
+        x = self.embed.weight[...][tokens].astype(self.dtype)
+        x = x if self.config.embed_scale == 1.0 else x * self.config.embed_scale
+        x = x if self.embed_norm is None else self.embed_norm(x)
+        return constrain(x, DATA, SEQ, None)
+
+    def _period(self, stream, blocks, states, reset):
+        (x, shared), after = stream, []
+        for block, state in zip(blocks, states, strict=True):
+            x, state, shared = block(x, state, reset, shared)
+            after.append(state)
+        return (constrain(x, DATA, SEQ, None), shared), tuple(after)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden vectors [..., D] -> logits [..., vocab] float32."""
@@ -144,7 +169,10 @@ class LM(nnx.Module):
             weight = self.embed.weight[...].T
         else:
             weight = self.head.weight[...]
-        return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        c = self.config
+        logits = logits if c.logit_scale == 1.0 else logits * c.logit_scale
+        return logits if c.logit_cap is None else c.logit_cap * jnp.tanh(logits / c.logit_cap)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -152,3 +180,13 @@ class LM(nnx.Module):
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def _unstacked(period, stream, blocks, states):
+    """Blocks off the pattern, one by one; their states have one repeat."""
+    after = []
+    for block, state in zip(blocks, states, strict=True):
+        one = jax.tree.map(lambda a: a[0], state)
+        stream, (one,) = period(stream, ([block], (one,)))
+        after.append(jax.tree.map(lambda a: a[None], one))
+    return stream, tuple(after)

@@ -21,12 +21,15 @@ def table(model: LM) -> list[dict]:
     """Rows of `block`, `mixer`, `parameters` (all repeats) and `state_bytes` (per sequence)."""
     c: Config = model.config
     states = jax.eval_shape(lambda: model.init_state(1))
+    entries = (*c.before, *c.pattern, *c.after)
+    built = (*model.before, *model.blocks, *model.after)
     rows = [{"block": "embedding", "mixer": "", "parameters": parameter_count(model.embed)}]
-    for i, (mixer, block, state) in enumerate(zip(c.pattern, model.blocks, states, strict=True)):
+    for i, (entry, block, state) in enumerate(zip(entries, built, states, strict=True)):
+        repeated = len(c.before) <= i < len(c.before) + len(c.pattern)
         rows.append(
             {
-                "block": f"{i} x {c.repeats}",
-                "mixer": mixer_name(mixer) + ("" if c.ffn is None else " + ffn"),
+                "block": f"{i} x {c.repeats if repeated else 1}",
+                "mixer": _layers(c.block(entry)),
                 "parameters": parameter_count(block),
                 "state_bytes": _bytes(state),
             }
@@ -34,6 +37,12 @@ def table(model: LM) -> list[dict]:
     rest = parameter_count(model.norm) + (parameter_count(model.head) if model.head else 0)
     rows.append({"block": "norm" if model.head is None else "norm, head", "parameters": rest})
     return [{"mixer": "", "state_bytes": 0} | row for row in rows]
+
+
+def _layers(block) -> str:
+    """The mixers of a block by name, and its channel mixer."""
+    names = [mixer_name(mixer) for mixer in (block.mixer, block.beside) if mixer is not None]
+    return " + ".join([*names, *([] if block.ffn is None else ["ffn"])])
 
 
 def _bytes(tree) -> int:

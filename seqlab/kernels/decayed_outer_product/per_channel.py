@@ -8,8 +8,8 @@ stay <= 1. So between blocks of 16 it is split at the block borders, in three fa
 
 import jax.numpy as jnp
 
-from seqlab.kernels.decayed_outer_product.decay import BLOCK, decay
-from seqlab.kernels.decayed_outer_product.documents import documents, gate_gradient
+from seqlab.kernels.decay import BLOCK, decay
+from seqlab.kernels.documents import documents, gate_gradient
 from seqlab.kernels.precision import dot
 from seqlab.parallel.transitions import Diagonal
 

@@ -6,8 +6,8 @@ scores, values and outputs, never on them. Letters: g group, r head within the g
 
 import jax.numpy as jnp
 
-from seqlab.kernels.decayed_outer_product.decay import BLOCK, decay
-from seqlab.kernels.decayed_outer_product.documents import documents, gate_gradient
+from seqlab.kernels.decay import BLOCK, decay
+from seqlab.kernels.documents import documents, gate_gradient
 from seqlab.kernels.precision import dot
 from seqlab.parallel.transitions import Diagonal
 

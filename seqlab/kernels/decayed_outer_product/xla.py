@@ -16,8 +16,8 @@ How A and its two products are formed depends on the decay: see `per_head` and `
 """
 
 from seqlab.kernels import chunk_scan
+from seqlab.kernels.decay import BLOCK
 from seqlab.kernels.decayed_outer_product import per_channel, per_head
-from seqlab.kernels.decayed_outer_product.decay import BLOCK
 from seqlab.kernels.precision import widen
 from seqlab.parallel.transitions import Diagonal
 
