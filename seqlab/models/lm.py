@@ -146,7 +146,7 @@ class LM(nnx.Module):
         x = self._embed(tokens)
         shares = any(block.shares for block in (*self.before, *self.blocks, *self.after))
         stream, n, m = (x, x if shares else None), len(self.before), len(self.blocks)
-        period = lambda stream, xs: self._period(stream, *xs, reset)
+        period = lambda stream, xs: self._period(stream, xs[0], xs[1], reset)
         if self.config.remat != "none":
             period = jax.checkpoint(period, policy=_POLICIES[self.config.remat])
         stream, before = _unstacked(period, stream, self.before, state[:n])

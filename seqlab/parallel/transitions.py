@@ -28,6 +28,23 @@ class Diagonal(NamedTuple):
         return Diagonal(later.decay * self.decay, later(self.update))
 
 
+class MaxPlus(NamedTuple):
+    """state -> max(state + shift, floor): Diagonal, with max for + and + for *.
+
+    A stretch that starts a document has shift -inf.
+    """
+
+    shift: jax.Array
+    floor: jax.Array
+
+    def __call__(self, state: jax.Array) -> jax.Array:
+        return jnp.maximum(state + self.shift, self.floor)
+
+    def then(self, later: "MaxPlus") -> "MaxPlus":
+        """The transition of this stretch followed by `later`."""
+        return MaxPlus(self.shift + later.shift, later(self.floor))
+
+
 def compose(stretches):
     """One transition for many, stacked along the leading axis in order of time."""
     first, rest = (
