@@ -5,7 +5,7 @@ sinks (the first tokens of a document stay visible), Xiao et al. (2023); normed 
 Henry et al. (2020); the gate, Qiu et al. (2025).
 """
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class Config:
     sinks: int = 0
     max_length: PositiveInt | None = 256
     rope_base: PositiveFinite | None = 10_000.0
-    rope_fraction: float = Field(1.0, gt=0, le=1)
+    rope_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     rope_scaling: Scaling | None = None
     qk_norm: norms.Config | None = None
     qk_norm_over: Literal["head", "width"] = "head"
@@ -129,7 +129,8 @@ class Attention(Mixer):
             y *= jax.nn.sigmoid(widen(self.gate(x))).astype(y.dtype)
         y = self.ring.mark_overflow(self.out(y), position)
         end = position[:, -1] + 1
-        return y, State(*self.ring.keep((state.k, state.v), (k, v), end), end)
+        k, v = self.ring.keep((state.k, state.v), (k, v), end)
+        return y, State(k, v, end)
 
     def _turn(self, a, n: int, norm, position):
         """Normed and rotated: [B, T, n * K] -> [B, T, n, K]"""
