@@ -19,7 +19,7 @@ import numpy as np
 
 from seqlab import settings
 from seqlab.errors import ModelError, SeqlabError
-from seqlab.models import decoder, hf_config, lm, tensors, translate
+from seqlab.models import decoder, hf_config, lm, published_tokenizer, tensors, translate
 from seqlab.models import families as package
 from seqlab.models.parameters import bind, parameters
 
@@ -85,6 +85,8 @@ def export_hf(
         aside.mkdir(parents=True)
         (aside / hf_config.CONFIG).write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
         tensors.write(aside, theirs)
+        if tokenizer is not None:
+            published_tokenizer.copy(pathlib.Path(tokenizer), aside)
         aside.rename(path)
     except OSError as error:
         raise ModelError(
