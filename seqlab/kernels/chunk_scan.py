@@ -6,6 +6,7 @@ reverse, recomputing each from the state that entered. What a chunk does is its 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -18,18 +19,13 @@ from seqlab.parallel.transitions import compose
 class Chunk(Protocol):
     """What a family defines (a module or a namespace of functions), for one chunk [B, C, ...]."""
 
-    def forward(self, *tokens_weights_state) -> tuple[Any, Any]:
-        """tokens, weights, the state that enters -> y, the state that leaves"""
-        ...
-
-    def backward(self, *tokens_weights_state_dy_dstate) -> tuple[Any, ...]:
-        """tokens, weights, the state that enters, the cotangents of y and of the state that leaves
-        -> the cotangents of every token array (None for bool), every weight and the state"""
-        ...
-
-    def transition(self, *tokens_weights) -> Any:
-        """tokens, weights -> what the chunk does to the state that enters it"""
-        ...
+    #: *tokens, *weights, the state that enters -> y, the state that leaves
+    forward: Callable[..., tuple[Any, Any]]
+    #: *tokens, *weights, the state that enters, the cotangents of y and of the state that leaves ->
+    #: the cotangents of every token array (None for bool), every weight and the state
+    backward: Callable[..., tuple[Any, ...]]
+    #: *tokens, *weights -> what the chunk does to the state that enters it
+    transition: Callable[..., Any]
 
 
 def scan_chunks(chunk: Chunk, tokens: tuple, state, size: int, weights: tuple = ()):
