@@ -35,6 +35,7 @@ def render(template: str, messages: Sequence[Message], specials: Mapping[str, st
 def _environment() -> Any:
     try:
         import jinja2.ext
+        import jinja2.nodes
         import jinja2.sandbox
         import jinja2.utils
     except ImportError:

@@ -48,8 +48,10 @@ class PublishedTokenizer(FileTokenizer):
         self.template = _template(folder, settings)
         ids = self._tokenizer.token_to_id
         own = ids(self.specials.get("eos_token", ""))
-        config = (config.get("model") or {}).get("published") or config
-        ends = generation.get("eos_token_id", config.get("eos_token_id", own))
+        ours = config.get("model")
+        config = (ours.get("published") or {}) if isinstance(ours, dict) else config
+        stated = (generation.get("eos_token_id"), config.get("eos_token_id"), own)
+        ends = next((end for end in stated if end is not None), [])
         ends = [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int]
         self.stops = tuple(ends)
         self.stop = ends[0] if ends else None
@@ -101,17 +103,26 @@ def copy(source: pathlib.Path, destination: pathlib.Path) -> None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     """A JSON file beside the tokenizer; empty where there is none."""
+    text = _text(path)
     try:
-        if path.stat().st_size > LARGEST:
-            raise CheckpointError(f"{path} is far larger than such files are: restore the file.")
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}): mend it.") from None
+        found = {} if text is None else json.loads(text)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not JSON: restore the file.") from None
     return found if isinstance(found, dict) else {}
+
+
+def _text(path: pathlib.Path) -> str | None:
+    """The text of a file beside the tokenizer; None where there is none."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise CheckpointError(f"{path} is far larger than such files are: restore the file.")
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): mend it.") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is not UTF-8: restore the file.") from None
 
 
 def _specials(settings: dict[str, Any]) -> dict[str, str]:
@@ -126,8 +137,9 @@ def _specials(settings: dict[str, Any]) -> dict[str, str]:
 
 def _template(folder: pathlib.Path, settings: dict[str, Any]) -> str | None:
     """The chat template: a file of its own in newer folders, a field in older ones."""
-    if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text("utf-8")
+    own = _text(folder / TEMPLATE)
+    if own is not None:
+        return own
     for holder in (settings, _read(folder / "chat_template.json")):
         template = holder.get("chat_template")
         if isinstance(template, list):

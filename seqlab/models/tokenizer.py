@@ -79,7 +79,8 @@ class ByteTokenizer:
 
     vocab: int = 257
     stop: int | None = MARK
-    start = stops = (MARK,)
+    start: tuple[int, ...] = (MARK,)
+    stops: tuple[int, ...] = (MARK,)
     fingerprint = hashlib.sha256(b"utf-8 bytes; 256 marks both ends of a document").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -132,7 +133,8 @@ class FileTokenizer:
         }
         marks = [special[name] for name in (*END_MARKS, *START_MARKS) if name in special]
         self.stop: int | None = marks[0] if marks else None
-        self.start = self.stops = tuple(marks[:1])
+        self.start: tuple[int, ...] = tuple(marks[:1])
+        self.stops: tuple[int, ...] = self.start
         self.vocab = 1 + max(self._tokenizer.get_vocab(True).values(), default=-1)
         if not self.vocab:
             raise ModelError(f"{path} has an empty vocabulary: train the tokenizer first.")
