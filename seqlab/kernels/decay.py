@@ -75,7 +75,9 @@ def pair_decay(log_decay: jax.Array, sees: jax.Array) -> PairDecay:
     before, after = np.tri(M, k=-1), np.tri(M, k=-1).T  # [m, l]: l < m; l > m
     prefix = _sum("it,bhmt->bhmi", later, blocks)
     suffix = _sum("jt,bhmt->bhmj", 1 - later, blocks)
-    within = _sum("tij,bhmt->bhmij", (later[:, None] * (1 - later)[None]).transpose(2, 0, 1), blocks)
+    within = _sum(
+        "tij,bhmt->bhmij", (later[:, None] * (1 - later)[None]).transpose(2, 0, 1), blocks
+    )
     between = _sum("lmn,bhl->bhmn", (before[:, None] * after[None]).transpose(2, 0, 1), each)
     apart = prefix[..., None, None] + between[:, :, :, None, :, None] + suffix[:, :, None, None]
     same_block = np.eye(M, dtype=bool)[:, None, :, None]

@@ -14,7 +14,9 @@ from seqlab.kernels.recurrence import recurrence
 
 
 @recurrence(xla=xla.chunked, transition=xla.transition)
-def decayed_outer_product(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser=False):
+def decayed_outer_product(
+    q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser=False
+):
     """S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T;  y_t = S_t^T q_t;  S_{t-1} = 0 where reset_t.
 
     q, k       [B, T, G, K]; value head h reads with query and key head h // (H / G)

@@ -58,7 +58,10 @@ class _Chunk:
         self.documents = docs = documents(reset)
         self.sums = sums = channel_decay(jnp.swapaxes(log_decay, 1, 2))
         masked = lambda seen, x: jnp.where(seen[:, None, :, None], x, 0)
-        self.from_start, self.to_end = masked(docs.enters, sums.before), masked(docs.leaves, sums.after)
+        self.from_start, self.to_end = (
+            masked(docs.enters, sums.before),
+            masked(docs.leaves, sums.after),
+        )
         self.decay = jnp.where(docs.passes[:, None, None], sums.whole, 0)[..., None]
         self.q_start, self.k_end = self.q * self.from_start, self.k * self.to_end
 
