@@ -19,6 +19,7 @@ VARIANTS = {
     "attention": [{"window": 12, "sinks": 2, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}],
     "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
     "mamba2": [{"groups": 2, "head_dim": 32, "dt_limit": (1e-2, 0.1), "chunk_size": 32}],
+    "slstm": [{"heads": 2, "conv_width": 0}],
 }
 CASES = [(name, {}) for name in own_mixers()]
 CASES += [(name, fields) for name in VARIANTS for fields in VARIANTS[name]]
@@ -56,6 +57,10 @@ def test_mixer_has_the_property(case, prove):
     [
         ("gla", "heads expand_k expand_v conv_width decay_rank decay_temperature chunk_size"),
         ("mamba2", "head_dim d_state groups expand conv_width dt_min dt_max chunk_size"),
+        ("slstm", "heads conv_width depth"),
+        ("lstm", "heads"),
+        ("gru", "heads"),
+        ("elman", "heads"),
         ("attention", "heads kv_heads head_dim window max_length rope_base"),
     ],
 )
