@@ -8,7 +8,7 @@ from seqlab import settings
 from seqlab.conformance.suite import PROPERTIES, examine, title
 from seqlab.conformance.trial import Trial
 from seqlab.errors import ConfigError
-from seqlab.layers import ffn
+from seqlab.layers import ffn, norm
 from seqlab.layers.registry import mixer_config, own_mixers
 
 SHARDED = "sharded equals one device"  # slow to compile: variants that shard alike leave it out
@@ -16,7 +16,10 @@ GRADIENTS = "gradients equal the step form"
 
 #: Configs that take other paths than the defaults.
 VARIANTS = {
-    "attention": [{"window": 12, "sinks": 2, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}],
+    "attention": [
+        {"window": 12, "sinks": 2, "kv_heads": 2, "qk_norm": norm.Config(), "qkv_bias": True},
+        {"qk_norm": norm.Config(), "qk_norm_over": "width", "gate": True, "rope_fraction": 0.5},
+    ],
     "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
     "mamba2": [{"groups": 2, "head_dim": 32, "dt_limit": (1e-2, 0.1), "chunk_size": 32}],
     "slstm": [{"heads": 2, "conv_width": 0}],
