@@ -21,7 +21,20 @@ VARIANTS = {
         {"qk_norm": norm.Config(), "qk_norm_over": "width", "gate": True, "rope_fraction": 0.5},
     ],
     "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
-    "mamba2": [{"groups": 2, "head_dim": 32, "dt_limit": (1e-2, 0.1), "chunk_size": 32}],
+    "mamba2": [
+        {
+            "groups": 2,
+            "head_dim": 8,
+            "heads": 6,
+            "bias": True,
+            "out_bias": True,
+            "conv_bias": False,
+            "dt_limit": (1e-2, 0.1),
+            "norm": "before_gate",
+            "gains": (0.5, 2.0, 0.7, 1.5, 3.0),
+            "chunk_size": 32,
+        }
+    ],
     "slstm": [{"heads": 2, "conv_width": 0}],
 }
 CASES = [(name, {}) for name in own_mixers()]
@@ -59,7 +72,10 @@ def test_mixer_has_the_property(case, prove):
     "name, numbers",
     [
         ("gla", "heads expand_k expand_v conv_width decay_rank decay_temperature chunk_size"),
-        ("mamba2", "head_dim d_state groups expand conv_width dt_min dt_max chunk_size"),
+        (
+            "mamba2",
+            "head_dim heads d_state groups expand conv_width dt_min dt_max norm_eps chunk_size",
+        ),
         ("slstm", "heads conv_width depth"),
         ("lstm", "heads"),
         ("gru", "heads"),
