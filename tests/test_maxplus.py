@@ -1,4 +1,4 @@
-"""The running maximum of exponential gates: its forms agree, and sums kept in its unit are right."""
+"""The running maximum of exponential gates: its forms agree, and sums in its unit are right."""
 
 import jax
 import jax.numpy as jnp
