@@ -5,8 +5,8 @@ Inside, heads stand before tokens, so that every product is a batch of plain one
 
 import jax.numpy as jnp
 
-from seqlab.kernels.channel_decay import channel_decay, products, scores
 from seqlab.kernels.documents import documents, gate_gradient
+from seqlab.kernels.halving import decays, products, scores
 from seqlab.kernels.precision import dot
 from seqlab.parallel.transitions import Diagonal
 
@@ -56,7 +56,7 @@ class _Chunk:
         by_head = lambda a: jnp.repeat(jnp.swapaxes(a, 1, 2), repeat, 1).astype(wide)
         self.q, self.k, self.v = by_head(q), by_head(k), jnp.swapaxes(v, 1, 2)  # [B, H, C, ...]
         self.documents = docs = documents(reset)
-        self.sums = sums = channel_decay(jnp.swapaxes(log_decay, 1, 2))
+        self.sums = sums = decays(jnp.swapaxes(log_decay, 1, 2))
         masked = lambda seen, x: jnp.where(seen[:, None, :, None], x, 0)
         self.from_start, self.to_end = (
             masked(docs.enters, sums.before),

@@ -22,7 +22,7 @@ class Border(NamedTuple):
     upto: jax.Array  # of the right half's tokens up to i
 
 
-class ChannelDecay(NamedTuple):
+class Decays(NamedTuple):
     """All decays are <= 1; C is a power of two."""
 
     borders: tuple[Border, ...]  # s = 1, 2, ... C / 2
@@ -31,7 +31,7 @@ class ChannelDecay(NamedTuple):
     whole: jax.Array  # [B, H, K] of all the chunk's tokens
 
 
-def channel_decay(log_decay: jax.Array) -> ChannelDecay:
+def decays(log_decay: jax.Array) -> Decays:
     """log_decay [B, H, C, K]"""
     whole = jnp.exp(log_decay)
     before, after = whole[..., None, :], jnp.ones_like(whole)[..., None, :]  # [B, H, n, s, K]
@@ -43,10 +43,10 @@ def channel_decay(log_decay: jax.Array) -> ChannelDecay:
         before = jnp.concatenate([before_l, whole_l[..., None, :] * before_r], 3)
         after = jnp.concatenate([after_l * whole_r[..., None, :], after_r], 3)
         whole = whole_l * whole_r
-    return ChannelDecay(tuple(borders), before[:, :, 0], after[:, :, 0], whole[:, :, 0])
+    return Decays(tuple(borders), before[:, :, 0], after[:, :, 0], whole[:, :, 0])
 
 
-def scores(decay: ChannelDecay, q: jax.Array, k: jax.Array, narrow) -> jax.Array:
+def scores(decay: Decays, q: jax.Array, k: jax.Array, narrow) -> jax.Array:
     """q, k [B, H, C, K] -> A_ij = sum_k q_i k_j decay_ij for j <= i, else 0: [B, H, C, C].
 
     Operands of products are rounded to the dtype `narrow`, except for a token's score with itself.
@@ -61,7 +61,7 @@ def scores(decay: ChannelDecay, q: jax.Array, k: jax.Array, narrow) -> jax.Array
     return A[:, :, 0]
 
 
-def products(decay: ChannelDecay, dA: jax.Array, q: jax.Array, k: jax.Array, narrow):
+def products(decay: Decays, dA: jax.Array, q: jax.Array, k: jax.Array, narrow):
     """row_i = sum_j dA_ij decay_ij k_j and col_j = sum_i dA_ij decay_ij q_i, over j < i."""
     dA = dA.astype(narrow)[:, :, None]
     row, col = jnp.zeros_like(q), jnp.zeros_like(k)
