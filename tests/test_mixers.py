@@ -36,6 +36,9 @@ VARIANTS = {
         }
     ],
     "slstm": [{"heads": 2, "conv_width": 0}],
+    "mamba": [{"norm": "weighted", "bias": True, "conv_bias": False, "dt_rank": 3}],
+    "min_gru": [{"expand": 2.0, "positive": False}],
+    "s5": [{"blocks": 2, "activation": "half_glu2", "clip_eigenvalues": True}],
 }
 CASES = [(name, {}) for name in own_mixers()]
 CASES += [(name, fields) for name in VARIANTS for fields in VARIANTS[name]]
@@ -77,6 +80,13 @@ def test_mixer_has_the_property(case, prove):
             "head_dim heads d_state groups expand conv_width dt_min dt_max norm_eps chunk_size",
         ),
         ("slstm", "heads conv_width depth"),
+        ("mamba", "d_state expand conv_width dt_rank dt_min dt_max norm_eps chunk_size"),
+        ("rg_lru", "width heads conv_width c gate_scale"),
+        ("s5", "d_state blocks dt_min dt_max"),
+        ("aaren", "heads"),
+        ("min_gru", "expand"),
+        ("min_lstm", "expand"),
+        ("gated_conv", "conv_width"),
         ("lstm", "heads"),
         ("gru", "heads"),
         ("elman", "heads"),
