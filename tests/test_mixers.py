@@ -36,6 +36,7 @@ VARIANTS = {
             "chunk_size": 32,
         }
     ],
+    "slstm": [{"heads": 2, "conv_width": 0}],
 }
 CASES = [(name, {}) for name in own_mixers()]
 CASES += [(name, fields) for name in VARIANTS for fields in VARIANTS[name]]
@@ -77,6 +78,10 @@ def test_mixer_has_the_property(case, prove):
             "mamba2",
             "head_dim heads d_state groups expand conv_width dt_min dt_max norm_eps chunk_size",
         ),
+        ("slstm", "heads conv_width depth"),
+        ("lstm", "heads"),
+        ("gru", "heads"),
+        ("elman", "heads"),
         ("attention", "heads kv_heads head_dim window max_length rope_base"),
     ],
 )

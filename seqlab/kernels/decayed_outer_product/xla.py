@@ -15,6 +15,9 @@ Within a chunk, with G the inclusive cumulative log decay, Gamma its last row an
 How A and its two products are formed depends on the decay: see `per_head` and `per_channel`.
 """
 
+import jax
+import jax.numpy as jnp
+
 from seqlab.kernels import chunk_scan
 from seqlab.kernels.decay import BLOCK
 from seqlab.kernels.decayed_outer_product import per_channel, per_head
@@ -22,17 +25,31 @@ from seqlab.kernels.precision import widen
 from seqlab.parallel.transitions import Diagonal
 
 
-def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64):
+def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
-    tokens = (q, k, v, widen(log_decay), reset)
+    tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
     y, state = chunk_scan.scan_chunks(_kind(log_decay), tokens, state, _size(q, chunk_size))
-    return y.astype(v.dtype), state
+    return read(y, v, normaliser), state
 
 
-def transition(q, k, v, log_decay, reset, *, chunk_size: int = 64) -> Diagonal:
-    """What these tokens do to the state [B, H, K, V] that enters them."""
-    tokens = (q, k, v, widen(log_decay), reset)
+def transition(
+    q, k, v, log_decay, reset, *, chunk_size: int = 64, normaliser: bool = False
+) -> Diagonal:
+    """What these tokens do to the state that enters them."""
+    tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
     return chunk_scan.transition(_kind(log_decay), tokens, _size(q, chunk_size))
+
+
+def written(v: jax.Array, normaliser: bool) -> jax.Array:
+    """What is written: v [B, T, H, V], beside it a column of ones if there is a normaliser."""
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1) if normaliser else v
+
+
+def read(y: jax.Array, v: jax.Array, normaliser: bool):
+    """What is returned, of what was read in float32 from what `written` wrote."""
+    if not normaliser:
+        return y.astype(v.dtype)
+    return y[..., :-1].astype(v.dtype), y[..., -1]
 
 
 def _kind(log_decay):
@@ -40,6 +57,6 @@ def _kind(log_decay):
 
 
 def _size(q, chunk_size):
-    """Tokens per chunk: no more than there are, and a multiple of the blocks of `decay`."""
+    """Tokens per chunk: no more than there are, rounded up to a power of two from 16 on."""
     size = min(chunk_size, q.shape[1])
-    return size + -size % BLOCK
+    return max(BLOCK, 1 << (size - 1).bit_length())
