@@ -88,15 +88,17 @@ def _rules(block: block.Config) -> list[Rule]:
         return [*names, *mamba2.mixer_rules(block.mixer, "mixer", "mixer")]
     if block.mixer is not None:
         return [*names, *mamba2.attention_rules("mixer", "mixer")]
-    if isinstance(block.ffn, ffn.Config):
-        return [*names, *mamba2.mlp_rules("ffn", "mixer")]
-    each = lambda name: [f"mixer.experts.{e}.{name}_proj.weight" for e in range(block.ffn.experts)]
-    stacked = stack(block.ffn.experts)
+    if isinstance(block.ffn, moe.Config):
+        return [*names, *_expert_rules(block.ffn.experts)]
+    return [*names, *mamba2.mlp_rules("ffn", "mixer")]
+
+
+def _expert_rules(experts: int) -> list[Rule]:
+    each = lambda name: [f"mixer.experts.{e}.{name}_proj.weight" for e in range(experts)]
     return [
-        *names,
         *linear("ffn.router", "mixer.gate"),
         rule("ffn.correction", "mixer.gate.e_score_correction_bias"),
-        *(rule(f"ffn.{name}", each(name), TRANSPOSE, stacked) for name in ("up", "down")),
+        *(rule(f"ffn.{name}", each(name), TRANSPOSE, stack(experts)) for name in ("up", "down")),
         *linear("ffn.latent_down", "mixer.fc1_latent_proj"),
         *linear("ffn.latent_up", "mixer.fc2_latent_proj"),
         *mamba2.mlp_rules("ffn.shared", "mixer.shared_experts"),
