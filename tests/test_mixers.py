@@ -21,6 +21,7 @@ VARIANTS = {
         {"qk_norm": norm.Config(), "qk_norm_over": "width", "gate": True, "rope_fraction": 0.5},
     ],
     "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
+    "mla": [{"q_rank": 12, "rope_base": None, "bias": True, "scale": 0.5}],
     "mamba2": [
         {
             "groups": 2,
@@ -74,6 +75,7 @@ def test_mixer_has_the_property(case, prove):
 @pytest.mark.parametrize(
     "name, numbers",
     [
+        ("mla", "heads kv_rank q_rank nope_dim rope_dim v_dim max_length rope_base scale"),
         ("gla", "heads expand_k expand_v conv_width decay_rank decay_temperature chunk_size"),
         (
             "mamba2",
