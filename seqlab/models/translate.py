@@ -117,12 +117,10 @@ def _placed(parts: Mapping[int | None, Any], shape, axes, narrow: bool) -> jax.A
     dtypes = {part.dtype for part in parts.values()}
     dtype = dtypes.pop() if narrow and len(dtypes) == 1 else jnp.float32
 
-    def read(index):
+    def read(index):  # an array of its own each time: files may change under mapped ones
         if None in parts:
-            found = parts[None][index]
-        else:
-            found = np.stack([parts[r][index[1:]] for r in range(shape[0])[index[0]]])
-        return np.array(found, dtype)  # a copy: files may change under mapped arrays
+            return np.array(parts[None][index], dtype)
+        return np.stack([parts[r][index[1:]] for r in range(shape[0])[index[0]]], dtype=dtype)
 
     mesh = jax.sharding.get_mesh()
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
