@@ -28,6 +28,29 @@ class Diagonal(NamedTuple):
         return Diagonal(later.decay * self.decay, later(self.update))
 
 
+class Matrix(NamedTuple):
+    """state -> matrix @ state + update: recurrences that read the state and write it back, such as
+    the delta rule.
+
+    matrix [..., K, K], update [..., K, V]. Products are never rounded to less than float32: a chain
+    of them is as long as there are chunks and devices.
+    """
+
+    matrix: jax.Array
+    update: jax.Array
+
+    def __call__(self, state: jax.Array) -> jax.Array:
+        return _exact(self.matrix, state) + self.update
+
+    def then(self, later: "Matrix") -> "Matrix":
+        """The transition of this stretch followed by `later`."""
+        return Matrix(_exact(later.matrix, self.matrix), later(self.update))
+
+
+def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
 def compose(stretches):
     """One transition for many, stacked along the leading axis in order of time."""
     first, rest = (
