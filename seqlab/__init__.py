@@ -29,6 +29,7 @@ from seqlab.layers.mixer import Mixer
 from seqlab.layers.registry import mixer_config, mixers, register_mixer
 from seqlab.models.lm import LM
 from seqlab.models.lm import Config as LMConfig
+from seqlab.models.pretrained import export_hf
 from seqlab.models.store import load, load_tokenizer, save
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "Session",
     "build",
     "check",
+    "export_hf",
     "generate",
     "load",
     "load_tokenizer",

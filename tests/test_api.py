@@ -28,6 +28,7 @@ PUBLIC = [
     "Session",
     "build",
     "check",
+    "export_hf",
     "generate",
     "load",
     "load_tokenizer",

@@ -14,8 +14,11 @@ from seqlab.errors import ConfigError, ModelError
 from seqlab.kernels.attention import EMPTY, attention, definition
 from seqlab.kernels.attention.visible import visible, visible_blocks
 from seqlab.kernels.attention.xla import blockwise
-from seqlab.layers.mixers.attention import Config, _held
-from seqlab.layers.rope import positions, rope
+from seqlab.layers import norm as norms
+from seqlab.layers.mixers.attention import Config
+from seqlab.layers.registry import mixer_config
+from seqlab.layers.ring import Ring
+from seqlab.layers.rope import Yarn, positions, rope
 
 B, BLOCK = 2, 16
 
@@ -198,7 +201,20 @@ T, D = 42, 12
 MIXERS = {
     "full": Config(heads=2, max_length=T),
     "window": Config(heads=3, kv_heads=1, window=5, rope_base=None, qkv_bias=True),
-    "sinks": Config(heads=4, kv_heads=2, head_dim=6, window=5, sinks=2, qk_norm=True),
+    "gated": Config(
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        max_length=T,
+        rope_fraction=0.5,
+        rope_scaling=Yarn(factor=4.0, length=16, fast=4.0, gain=1.1),
+        qk_norm=norms.Config(eps=1e-5, offset=True),
+        qk_norm_over="width",
+        out_bias=True,
+        gate=True,
+        scale=0.5,
+    ),
+    "sinks": Config(heads=4, kv_heads=2, head_dim=6, window=5, sinks=2, qk_norm=norms.Config()),
 }
 
 
@@ -248,7 +264,7 @@ def test_slots_keep_the_first_tokens_and_a_ring_of_the_last():
     """The layout that saved states rely on."""
     ends = jnp.array([0, 1, 3, 9], jnp.int32)
     expected = [[-1] * 6, [0] + [-1] * 5, [0, 1, 2, -1, -1, -1], [0, 1, 6, 7, 8, 5]]
-    assert _held(ends, 2, 4).tolist() == expected
+    assert Ring(window=4, sinks=2).held(ends).tolist() == expected
 
 
 def test_the_state_of_a_packed_row_is_that_of_its_last_document():
@@ -347,12 +363,12 @@ def test_a_traced_document_that_outgrows_full_attention_is_nan_from_there_on():
         ({"heads": 4, "kv_heads": 3}, "heads=4 is not divisible by kv_heads=3"),
         ({"heads": 5}, "d_model=12 is not divisible by heads=5"),
         ({"heads": 4}, "even head_dim, not 3"),
-        ({"heads": 0}, "heads must be at least 1, not 0"),
-        ({"window": 0}, "window must be at least 1, not 0"),
+        ({"heads": 0}, "heads = 0 is wrong"),
+        ({"window": 0}, "window = 0 is wrong"),
         ({"sinks": 2}, "sinks=2 with window=None"),
         ({"max_length": None}, "set max_length"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_in_one_sentence(fields, message):
     with pytest.raises(ConfigError, match=message):
-        Config(**fields).build(D, rngs=nnx.Rngs(0))
+        mixer_config("attention", **fields).build(D, rngs=nnx.Rngs(0))

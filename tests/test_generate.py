@@ -142,7 +142,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(model):
     clean = generate(model, [PROMPT, PROMPT[:9]], steps=9)
     session = fed(model, [PROMPT, PROMPT[:9]])
     state = jax.tree.map(np.array, session.state)
-    state[0].memory[:, 0] = np.nan
+    state[0].mixer.memory[:, 0] = np.nan
     session = Session(model, state)
     session.feed([PROMPT[:1], clean[1, :1]])
     done = session.complete(8)
@@ -194,7 +194,7 @@ def test_bad_input_is_refused_in_one_sentence(model, prompt, options, error, sai
 
 def test_a_state_that_does_not_fit_is_refused(model):
     with pytest.raises(
-        ModelError, match=r"0.memory is float32\[2, 1, 8\], not float32\[2, 1, 16\]"
+        ModelError, match=r"0.mixer.memory is float32\[2, 1, 8\], not float32\[2, 1, 16\]"
     ):
         generate(model, [1], steps=1, state=tiny(d_model=8).init_state(1))
     with pytest.raises(ModelError, match="other parts"):

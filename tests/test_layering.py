@@ -107,3 +107,32 @@ def test_no_data_can_run_code(file):
 def test_every_mixer_is_one_file():
     folder = ROOT / "seqlab" / "layers" / "mixers"
     assert [p for p in folder.iterdir() if p.is_dir() and p.name != "__pycache__"] == []
+
+
+MIXERS = ROOT / "seqlab" / "layers" / "mixers"
+NAMES = {file.stem for file in MIXERS.glob("*.py")} - {"__init__"}
+KERNELS = {path.name for path in (ROOT / "seqlab" / "kernels").iterdir()}
+#: The maps of published checkpoints speak of mixers; nothing else does but a mixer's own file.
+MAPS = ROOT / "seqlab" / "models" / "families"
+
+
+@pytest.mark.parametrize("file", [f for f in PACKAGE if f.parent != MAPS], ids=name_of)
+def test_a_mixer_is_named_in_its_own_file_alone(file):
+    spoken, imported = set(), set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            spoken |= {node.value} & (NAMES - KERNELS)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "seqlab.layers.mixers":
+                imported |= {alias.name for alias in node.names}
+            elif node.module.startswith("seqlab.layers.mixers."):
+                imported.add(node.module.rpartition(".")[2])
+    assert imported | spoken <= ({file.stem} if file.parent == MIXERS else set())
+
+
+@pytest.mark.parametrize("file", sorted(MIXERS.glob("*.py")), ids=lambda file: file.stem)
+def test_a_mixer_is_a_short_file_without_loops_over_time(file):
+    assert len(file.read_text("utf-8").splitlines()) <= 150
+    for node in ast.walk(tree(file)):
+        called = getattr(node, "attr", getattr(node, "id", ""))
+        assert called not in ("scan", "fori_loop", "while_loop", "associative_scan", "custom_vjp")

@@ -1,5 +1,8 @@
 """The model obeys the same law as its mixers, at every depth and on any mesh."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +13,12 @@ from benchmarks.compile import equations
 from seqlab import settings
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError, ModelError
-from seqlab.layers import ffn
+from seqlab.layers import ffn, norm
+from seqlab.layers.mixer import Mixer
 from seqlab.layers.mixers import attention, gla, mamba2
+from seqlab.models import block as blocks
 from seqlab.models import lm
+from seqlab.models.block import Block, Join
 from seqlab.models.parameters import axes, bind, decays, parameters
 from seqlab.models.summary import parameter_count, state_bytes, table
 from seqlab.parallel.mesh import use_mesh, weight_shardings
@@ -158,3 +164,123 @@ def test_grouped_norm_and_swiglu_are_their_equations():
     hidden = np.asarray(x) @ gate
     expected = (hidden / (1 + np.exp(-hidden)) * (np.asarray(x) @ up)) @ down
     assert_close(layer(x), expected.astype(np.float32))
+
+
+class Counting(Mixer):
+    """Adds up tokens, and what travels beside them: the least mixer that shares."""
+
+    shares = True
+
+    def init_state(self, batch):
+        return (jnp.zeros((batch, 1), jnp.float32),)
+
+    def mix(self, x, state, reset, shared=None):
+        del reset
+        return shared, (state[0] + x.shape[1],), 2 * shared
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingConfig:
+    def build(self, d_model, *, rngs):
+        del d_model, rngs
+        return Counting()
+
+
+def test_what_blocks_share_travels_through_all_of_them():
+    config = lm.Config(
+        vocab=7,
+        d_model=4,
+        pattern=(CountingConfig(),),
+        repeats=2,
+        ffn=None,
+        before=(CountingConfig(),),
+        dtype="float32",
+    )
+    model = config.build(rngs=nnx.Rngs(0))
+    tokens = jnp.arange(3)[None]
+    x, state = run_hidden(model, tokens)
+    embedded = model.embed.weight[...][tokens]
+    np.testing.assert_allclose(x, model.norm((1 + 1 + 2 + 4) * embedded), rtol=1e-6)
+    assert jax.tree.map(jnp.shape, state[0].mixer) == ((1, 1, 1),)
+    assert jax.tree.map(jnp.shape, state[1].mixer) == ((2, 1, 1),)
+
+
+@jax.jit
+def run_hidden(model, tokens):
+    return model.hidden(tokens)
+
+
+FFN, OTHER = ffn.Config(ratio=1.0), ffn.Config(ratio=1.0, activation="relu2", gated=False)
+
+
+@pytest.mark.parametrize(
+    "join, expected",
+    [
+        (Join(), lambda x, n, f: x + f(n(x))),
+        (Join(place="after"), lambda x, n, f: x + n(f(x))),
+        (Join(place="both"), lambda x, n, f: x + n(f(n(x)))),
+        (Join(on_normed=True, keep=0.5, scale=3.0), lambda x, n, f: 0.5 * n(x) + 3 * f(n(x))),
+    ],
+)
+def test_a_layer_joins_the_stream_as_its_config_says(join, expected):
+    block = Block(blocks.Config(ffn=FFN, join=join), 8, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 3, 8))
+    y, _, _ = block(x, block.init_state(1), jnp.zeros((1, 3), bool))
+    np.testing.assert_allclose(y, expected(x, block.ffn_norm, block.ffn), rtol=1e-5, atol=1e-6)
+
+
+def test_two_mixers_side_by_side_read_the_same_and_add_up():
+    both = blocks.Config(
+        mixer=gla.Config(), beside=mamba2.Config(), gain=(2.0, 3.0), beside_gain=(0.5, 0.25)
+    )
+    block = Block(both, 32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 5, 32))
+    read = block.mixer_norm(x)
+    expected = x + 3 * block.mixer(2 * read)[0] + 0.25 * block.beside(0.5 * read)[0]
+    y, state, _ = block(x, block.init_state(1), jnp.zeros((1, 5), bool))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert state.mixer is not None and state.beside is not None and state.ffn is None
+
+
+def test_a_channel_mixer_may_have_a_state():
+    config = lm.Config(
+        vocab=64, d_model=32, pattern=(gla.Config(),), ffn=gla.Config(heads=2), dtype="float32"
+    )
+    tokens = jnp.arange(12)[None]
+    model = build(config)
+    expected, last = run(model, tokens)
+    _, state = run(model, tokens[:, :5])
+    rest, state = run(model, tokens[:, 5:], state)
+    assert_close(rest, expected[:, 5:], GRADIENT)
+    assert_close(state, last, GRADIENT)
+    assert last[0].ffn.memory.shape[:3] == (1, 1, 2)
+
+
+def test_blocks_before_and_after_the_pattern_and_bent_logits_survive_json():
+    config = settings.override(CONFIG, ["logit_cap=2", "embed_scale=4", "repeats=1"])
+    config = dataclasses.replace(
+        config,
+        pattern=(gla.Config(),),
+        before=(blocks.Config(ffn=OTHER), attention.Config(window=4)),
+        after=(blocks.Config(mixer=mamba2.Config(), ffn=FFN, join=Join(place="both")),),
+        embed_norm=norm.Config("layer"),
+    )
+    assert settings.read(lm.Config, json.loads(json.dumps(settings.plain(config)))) == config
+    model = build(config)
+    logits, state = run(model, jnp.arange(9)[None])
+    assert logits.shape == (1, 9, 64) and float(jnp.abs(logits).max()) < 2
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, model.init_state(1))
+    assert [row["mixer"] for row in table(model)][1:-1] == [
+        "ffn",
+        "attention + ffn",
+        "gla + ffn",
+        "mamba2 + ffn",
+    ]
+    assert sum(row["parameters"] for row in table(model)) == parameter_count(model)
+
+
+def test_a_block_without_layers_is_refused():
+    with pytest.raises(ConfigError, match="A block needs a mixer, or an ffn alone"):
+        blocks.Config()
+    with pytest.raises(ConfigError, match="There is no ffn 'mpl': did you mean 'mlp'"):
+        settings.override(CONFIG, ['ffn={"ffn": "mpl"}'])

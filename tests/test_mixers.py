@@ -8,7 +8,7 @@ from seqlab import settings
 from seqlab.conformance.suite import PROPERTIES, examine, title
 from seqlab.conformance.trial import Trial
 from seqlab.errors import ConfigError
-from seqlab.layers import ffn
+from seqlab.layers import ffn, norm
 from seqlab.layers.registry import mixer_config, own_mixers
 
 SHARDED = "sharded equals one device"  # slow to compile: variants that shard alike leave it out
@@ -16,9 +16,26 @@ GRADIENTS = "gradients equal the step form"
 
 #: Configs that take other paths than the defaults.
 VARIANTS = {
-    "attention": [{"window": 12, "sinks": 2, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}],
+    "attention": [
+        {"window": 12, "sinks": 2, "kv_heads": 2, "qk_norm": norm.Config(), "qkv_bias": True},
+        {"qk_norm": norm.Config(), "qk_norm_over": "width", "gate": True, "rope_fraction": 0.5},
+    ],
     "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
-    "mamba2": [{"groups": 2, "head_dim": 32, "dt_limit": (1e-2, 0.1), "chunk_size": 32}],
+    "mamba2": [
+        {
+            "groups": 2,
+            "head_dim": 8,
+            "heads": 6,
+            "bias": True,
+            "out_bias": True,
+            "conv_bias": False,
+            "dt_limit": (1e-2, 0.1),
+            "norm": "before_gate",
+            "gains": (0.5, 2.0, 0.7, 1.5, 3.0),
+            "chunk_size": 32,
+        }
+    ],
+    "slstm": [{"heads": 2, "conv_width": 0}],
 }
 CASES = [(name, {}) for name in own_mixers()]
 CASES += [(name, fields) for name in VARIANTS for fields in VARIANTS[name]]
@@ -55,7 +72,14 @@ def test_mixer_has_the_property(case, prove):
     "name, numbers",
     [
         ("gla", "heads expand_k expand_v conv_width decay_rank decay_temperature chunk_size"),
-        ("mamba2", "head_dim d_state groups expand conv_width dt_min dt_max chunk_size"),
+        (
+            "mamba2",
+            "head_dim heads d_state groups expand conv_width dt_min dt_max norm_eps chunk_size",
+        ),
+        ("slstm", "heads conv_width depth"),
+        ("lstm", "heads"),
+        ("gru", "heads"),
+        ("elman", "heads"),
         ("attention", "heads kv_heads head_dim window max_length rope_base"),
     ],
 )

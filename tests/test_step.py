@@ -17,7 +17,7 @@ from tests import leaky
 
 
 def test_only_matrices_decay():
-    pattern = (mamba2.Config(), gla.Config(), attention.Config(qk_norm=True, qkv_bias=True))
+    pattern = (mamba2.Config(), gla.Config(), attention.Config(qkv_bias=True))
     mask = decays(lm.Config(vocab=9, d_model=64, pattern=pattern).skeleton())
     for word in ("norm", "A_log", "dt_bias", "bias", ".D"):
         named = [name for name in mask if word in name]

@@ -10,6 +10,9 @@ import numpy as np
 FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
 GRADIENT = {"float64": 1e-10, "float32": 5e-5, "bfloat16": 3e-2}
 
+#: Another implementation of a whole model, float32: largest difference over largest logit.
+LOGITS = 1e-4
+
 SMALLEST_SCALE = 1e-3  # below this rms an expected value counts as zero: errors become absolute
 
 
@@ -49,3 +52,11 @@ def assert_close(actual, expected, table: dict[str, float] = FORWARD) -> None:
         assert wrong <= limit, (
             f"{jax.tree_util.keystr(path)}: error {wrong:.1e}, allowed {limit:.0e}"
         )
+
+
+def assert_same_logits(actual, expected) -> None:
+    """Within `LOGITS` of what another implementation of a model returned."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    wrong = np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+    assert wrong <= LOGITS, f"logits: error {wrong:.1e} of the largest, allowed {LOGITS:.0e}"

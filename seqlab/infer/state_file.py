@@ -100,7 +100,7 @@ def _damaged(path: pathlib.Path, reason: str) -> ModelError:
 
 
 def _named(state: State) -> dict[str, Any]:
-    """Leaves by their paths, as '0.memory' for the memory of the first mixer of the pattern."""
+    """Leaves by their paths, as '0.mixer.memory' for the memory of the first block's mixer."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

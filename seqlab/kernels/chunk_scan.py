@@ -6,6 +6,7 @@ reverse, recomputing each from the state that entered. What a chunk does is its 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -18,18 +19,13 @@ from seqlab.parallel.transitions import compose
 class Chunk(Protocol):
     """What a family defines (a module or a namespace of functions), for one chunk [B, C, ...]."""
 
-    def forward(self, *tokens_weights_state) -> tuple[Any, Any]:
-        """tokens, weights, the state that enters -> y, the state that leaves"""
-        ...
-
-    def backward(self, *tokens_weights_state_dy_dstate) -> tuple[Any, ...]:
-        """tokens, weights, the state that enters, the cotangents of y and of the state that leaves
-        -> the cotangents of every token array (None for bool), every weight and the state"""
-        ...
-
-    def transition(self, *tokens_weights) -> Any:
-        """tokens, weights -> what the chunk does to the state that enters it"""
-        ...
+    #: *tokens, *weights, the state that enters -> y, the state that leaves
+    forward: Callable[..., tuple[Any, Any]]
+    #: *tokens, *weights, the state that enters, the cotangents of y and of the state that leaves ->
+    #: the cotangents of every token array (None for bool), every weight and the state
+    backward: Callable[..., tuple[Any, ...]]
+    #: *tokens, *weights -> what the chunk does to the state that enters it
+    transition: Callable[..., Any]
 
 
 def scan_chunks(chunk: Chunk, tokens: tuple, state, size: int, weights: tuple = ()):
@@ -40,9 +36,8 @@ def scan_chunks(chunk: Chunk, tokens: tuple, state, size: int, weights: tuple = 
     weights  arrays that all chunks share
     """
     T = tokens[0].shape[1]
-    y, state = _scan(chunk, cut(tokens, size), weights, state)  # pyright: ignore
-    whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :T]
-    return jax.tree.map(whole, y), state
+    y, state = _scan(chunk, size, _padded(tokens, size), weights, state)  # pyright: ignore
+    return jax.tree.map(lambda a: a[:, :T], y), state
 
 
 def transition(chunk: Chunk, tokens: tuple, size: int, weights: tuple = ()):
@@ -52,46 +47,61 @@ def transition(chunk: Chunk, tokens: tuple, size: int, weights: tuple = ()):
 
 def cut(tokens: tuple, size: int) -> tuple:
     """[B, T, ...] each -> [N, B, C, ...], the last chunk padded with zeros"""
-
-    def one(a):
-        a = jnp.pad(a, [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(a.shape[0], -1, size, *a.shape[2:]), 1, 0)
-
-    return jax.tree.map(one, tokens)
+    apart = lambda a: jnp.moveaxis(a.reshape(a.shape[0], -1, size, *a.shape[2:]), 1, 0)
+    return jax.tree.map(apart, _padded(tokens, size))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(chunk, tokens, weights, state):
-    """tokens ([N, B, C, ...], ...) -> y [N, B, C, ...], state"""
-    step = lambda S, tokens: chunk.forward(*tokens, *weights, S)[::-1]
-    state, y = lax.scan(step, state, tokens)
-    return y, state
+def _padded(tokens, size: int):
+    pad = lambda a: jnp.pad(a, [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2))
+    return jax.tree.map(pad, tokens)
 
 
-def _forward(chunk, tokens, weights, state):
-    def step(S, tokens):
-        y, after = chunk.forward(*tokens, *weights, S)
-        return after, (y, S)
-
-    last, (y, entering) = lax.scan(step, state, tokens)
-    return (y, last), (tokens, weights, entering)
+def _chunk_at(n, tokens, size: int):
+    """Chunk n of tokens [B, T, ...]: reading it where it lies spares a copy of all of them."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, n * size, size, 1), tokens)
 
 
-def _backward(chunk, saved, cotangents):
+def _joined(chunks):
+    """[N, B, C, ...] -> [B, N * C, ...]"""
+    whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
+    return jax.tree.map(whole, chunks)
+
+
+def _numbers(tokens, size: int) -> jax.Array:
+    return jnp.arange(tokens[0].shape[1] // size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(chunk, size, tokens, weights, state):
+    """tokens ([B, N * C, ...], ...) -> y [B, N * C, ...], state"""
+    return _forward(chunk, size, tokens, weights, state, keep=lambda S: None)[0]
+
+
+def _forward(chunk, size, tokens, weights, state, keep=lambda S: S):
+    def step(S, n):
+        y, after = chunk.forward(*_chunk_at(n, tokens, size), *weights, S)
+        return after, (y, keep(S))
+
+    last, (y, entering) = lax.scan(step, state, _numbers(tokens, size))
+    return (_joined(y), last), (tokens, weights, entering)
+
+
+def _backward(chunk, size, saved, cotangents):
     tokens, weights, entering = saved
     dy, d_last = cotangents
 
     def step(carry, xs):
         D, d_weights = carry
-        tokens, S, dy = xs
-        *d, D = chunk.backward(*tokens, *weights, S, dy, D)
+        n, S = xs
+        here, dy_here = _chunk_at(n, (tokens, dy), size)
+        *d, D = chunk.backward(*here, *weights, S, dy_here, D)
         d_tokens, d_here = d[: len(tokens)], d[len(tokens) :]
         return (D, jax.tree.map(jnp.add, d_weights, tuple(d_here))), tuple(d_tokens)
 
     none = jax.tree.map(jnp.zeros_like, weights)
-    carry = (d_last, none)
-    (D, d_weights), d_tokens = lax.scan(step, carry, (tokens, entering, dy), reverse=True)
-    like = lambda d, a: None if d is None else d.astype(a.dtype)
+    xs = _numbers(tokens, size), entering
+    (D, d_weights), d_tokens = lax.scan(step, (d_last, none), xs, reverse=True)
+    like = lambda d, a: None if d is None else _joined(d).astype(a.dtype)
     return tuple(like(d, a) for d, a in zip(d_tokens, tokens, strict=True)), d_weights, D
 
 

@@ -15,39 +15,44 @@ import numpy as np
 BLOCK = 16
 
 
-class Decay(NamedTuple):
-    """Sums of log decays, all <= 0, for M = N = C / 16 blocks; X stands for the trailing axes."""
-
-    prefix: jax.Array  # [B, M, 16, X] from the block's first token up to i
-    suffix: jax.Array  # [B, M, 16, X] of the block's tokens after j
-    between: jax.Array  # [B, M, N, X] of the blocks after n and before m; for n < m
-    within: jax.Array  # [B, M, 16, 16, X] of the block's tokens after j up to i; for j <= i
-    before: jax.Array  # [B, C, X] from the chunk's first token up to i
-    after: jax.Array  # [B, C, X] of the chunk's tokens after j
-    whole: jax.Array  # [B, X] of all the chunk's tokens
+def chunk_length(tokens: jax.Array, chunk_size: int) -> int:
+    """Tokens per chunk of [B, T, ...]: no more than there are, rounded up to a power of two from BLOCK on."""
+    size = min(chunk_size, tokens.shape[1])
+    return max(BLOCK, 1 << (size - 1).bit_length())
 
 
-def decay(log_decay: jax.Array) -> Decay:
-    """log_decay [B, C, X], C a multiple of 16"""
-    blocks = log_decay.reshape(log_decay.shape[0], -1, BLOCK, log_decay.shape[-1])
-    M = blocks.shape[1]
-    each = jnp.sum(blocks, 2)
+class PairDecay(NamedTuple):
+    """Of one decay a head, heads before tokens."""
+
+    pairs: jax.Array  # [B, H, C, C] the decay itself from token j to token i; 0 unless i sees j
+    before: jax.Array  # [B, H, C] sum from the chunk's first token up to i
+    after: jax.Array  # [B, H, C] sum of the chunk's tokens after j
+    whole: jax.Array  # [B, H] sum of all the chunk's tokens
+
+
+def pair_decay(log_decay: jax.Array, sees: jax.Array) -> PairDecay:
+    """log_decay [B, H, C], C a multiple of 16; sees [B, C, C] as in `documents`"""
+    B, H, C = log_decay.shape
+    M = C // BLOCK
+    blocks = log_decay.reshape(B, H, M, BLOCK)
+    each = jnp.sum(blocks, -1)
     later = np.tri(BLOCK)  # [i, t]: t <= i
-    prefix = _sum("it,bmtx->bmix", later, blocks)
-    suffix = _sum("jt,bmtx->bmjx", 1 - later, blocks)
-    within = _sum("ijt,bmtx->bmijx", later[:, None] * (1 - later)[None], blocks)
     before, after = np.tri(M, k=-1), np.tri(M, k=-1).T  # [m, l]: l < m; l > m
-    between = _sum("mnl,blx->bmnx", before[:, None] * after[None], each)
-    from_start = prefix + _sum("ml,blx->bmx", before, each)[:, :, None]
-    to_end = suffix + _sum("ml,blx->bmx", after, each)[:, :, None]
-    return Decay(
-        prefix,
-        suffix,
-        between,
-        within,
-        from_start.reshape(log_decay.shape),
-        to_end.reshape(log_decay.shape),
-        jnp.sum(each, 1),
+    prefix = _sum("it,bhmt->bhmi", later, blocks)
+    suffix = _sum("jt,bhmt->bhmj", 1 - later, blocks)
+    within = _sum(
+        "tij,bhmt->bhmij", (later[:, None] * (1 - later)[None]).transpose(2, 0, 1), blocks
+    )
+    between = _sum("lmn,bhl->bhmn", (before[:, None] * after[None]).transpose(2, 0, 1), each)
+    apart = prefix[..., None, None] + between[:, :, :, None, :, None] + suffix[:, :, None, None]
+    same_block = np.eye(M, dtype=bool)[:, None, :, None]
+    sums = jnp.where(same_block, within[:, :, :, :, None], apart)  # [B, H, M, 16, N, 16]
+    sees = sees.reshape(B, 1, M, BLOCK, M, BLOCK)
+    return PairDecay(
+        jnp.exp(jnp.where(sees, sums, -jnp.inf)).reshape(B, H, C, C),
+        (prefix + _sum("ml,bhl->bhm", before, each)[..., None]).reshape(B, H, C),
+        (suffix + _sum("ml,bhl->bhm", after, each)[..., None]).reshape(B, H, C),
+        jnp.sum(each, -1),
     )
 
 

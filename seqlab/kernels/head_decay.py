@@ -13,7 +13,7 @@ Gradients of log decays come as what each decay acts on: see `documents.gate_gra
 
 import jax.numpy as jnp
 
-from seqlab.kernels.decay import BLOCK, decay
+from seqlab.kernels.decay import pair_decay
 from seqlab.kernels.documents import documents, gate_gradient
 from seqlab.kernels.precision import dot
 
@@ -22,42 +22,32 @@ class HeadDecay:
     """log_decay [B, C, H, 1], reset [B, C]; C a multiple of 16"""
 
     def __init__(self, log_decay, reset, groups: int, rows: int, columns: int):
-        self.groups = groups
+        self.groups, self.size = groups, reset.shape[1]
         self.documents = docs = documents(reset)
-        sums = decay(log_decay[..., 0])
-        masked = lambda seen, x: jnp.exp(jnp.where(seen[..., None], x, -jnp.inf))
-        tokens = lambda a, n: jnp.tile(self._split(jnp.moveaxis(a, -1, 1)), n)[..., None]
+        sums = pair_decay(jnp.swapaxes(log_decay[..., 0], 1, 2), docs.sees)
+        masked = lambda seen, x: jnp.exp(jnp.where(seen[:, None], x, -jnp.inf))
+        tokens = lambda a, n: jnp.tile(self._split(a), n)[..., None]
         self.start = tokens(masked(docs.enters, sums.before), rows)  # [B, G, R, X C, 1]
         self.end = tokens(masked(docs.leaves, sums.after), columns)  # [B, G, R, Y C, 1]
-        self.pairs = jnp.tile(self._pairs(sums), (rows, columns))
-        self.others = jnp.tile(1 - jnp.eye(reset.shape[1]), (rows, columns))
+        self.pairs = jnp.tile(self._split(sums.pairs), (rows, columns))
+        self.others = jnp.tile(1 - jnp.eye(self.size, dtype=log_decay.dtype), (rows, columns))
         whole = jnp.where(docs.passes[:, None], jnp.exp(sums.whole), 0)
         self.whole = self._split(whole)[..., None, None]  # [B, G, R, 1, 1]
 
-    def _pairs(self, sums):
-        """Decays from token j to token i [B, G, R, C, C], 0 where i does not see j."""
-        M = sums.between.shape[1]
-        apart = sums.prefix[:, :, :, None, None] + sums.suffix[:, None, None]
-        apart += sums.between[:, :, None, :, None]  # [B, M, 16, N, 16, H]
-        same_block = jnp.eye(M, dtype=bool)[:, None, :, None, None]
-        pairs = jnp.where(same_block, sums.within[:, :, :, None], apart)
-        pairs = jnp.moveaxis(pairs.reshape(len(pairs), M * BLOCK, M * BLOCK, -1), -1, 1)
-        return self._split(jnp.exp(jnp.where(self.documents.sees[:, None], pairs, -jnp.inf)))
-
     def keys(self, *kinds):
         """[B, C, G, K] each -> [B, G, X C, K]"""
-        return jnp.concatenate([jnp.moveaxis(a, 2, 1) for a in kinds], 2)
+        return jnp.concatenate([jnp.swapaxes(a, 1, 2) for a in kinds], 2)
 
     def of_keys(self, a, like):
         """[B, G, C, K] -> [B, C, G, K]"""
-        return jnp.moveaxis(a, 1, 2)
+        return jnp.swapaxes(a, 1, 2)
 
     def values(self, a):
         """[B, C, H, V] -> [B, G, R, C, V]"""
-        return self._split(jnp.moveaxis(a, 2, 1))
+        return self._split(jnp.swapaxes(a, 1, 2))
 
     def of_values(self, a):
-        return jnp.moveaxis(self._joined(a), 1, 2)
+        return jnp.swapaxes(self._joined(a), 1, 2)
 
     def state(self, S):
         """[B, H, K, V] -> [B, G, R, K, V]"""
@@ -74,7 +64,7 @@ class HeadDecay:
         """Cotangents of rows and columns, and what the decays of pairs act on."""
         by_group = jnp.sum(dA * self.pairs, 2).astype(x.dtype)
         dx, dy = dot("bgij,bgjk->bgik", by_group, y), dot("bgij,bgik->bgjk", by_group, x)
-        acts = A * dA * self.others.astype(A.dtype)
+        acts = A * dA * self.others
         return dx, dy, self._gate(acts.sum(-1)) - self._gate(acts.sum(-2))
 
     def read(self, x, S):
@@ -107,12 +97,9 @@ class HeadDecay:
 
     def _gate(self, a):
         """[B, G, R, X C] -> [B, C, H, 1], summed over the kinds"""
-        a = self._joined(a).reshape(len(a), -1, a.shape[-1] // self._size, self._size).sum(2)
-        return jnp.moveaxis(a, 1, 2)[..., None]
-
-    @property
-    def _size(self):
-        return self.documents.sees.shape[1]
+        a = self._joined(a)
+        a = a.reshape(*a.shape[:2], -1, self.size).sum(2)
+        return jnp.swapaxes(a, 1, 2)[..., None]
 
     def _split(self, a):
         """[B, H, ...] -> [B, G, R, ...]"""

@@ -42,7 +42,7 @@ class Recurrence:
         *tokens, state = args
         cut = len(tokens) - self.weights
         tokens, weights = tuple(tokens[:cut]), tuple(tokens[cut:])
-        if tokens[0].shape[1] == 1:
+        if jax.tree.leaves(tokens)[0].shape[1] == 1:
             implementation = "reference"
         run = functools.partial(self._run, implementation, options)
 

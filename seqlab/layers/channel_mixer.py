@@ -1,4 +1,5 @@
-"""What may stand at the second place of a block, by kind: a perceptron, or a mixer with a state.
+"""What may stand at the second place of a block, by kind: a perceptron, a mixture of them, or a
+mixer with a state.
 
 RWKV's channel mix looks one token back, so it is a mixer like any other.
 """
@@ -10,9 +11,9 @@ from pydantic import PlainSerializer, PlainValidator
 
 from seqlab import settings
 from seqlab.errors import ConfigError, nearest
-from seqlab.layers import ffn, registry
+from seqlab.layers import ffn, moe, registry
 
-KINDS = {"mlp": ffn.Config}
+KINDS = {"mlp": ffn.Config, "moe": moe.Config}
 
 
 def _from_plain(value: Any) -> Any:

@@ -32,6 +32,34 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+class HeadwiseLinear(nnx.Module):
+    """x [..., H, d_in] -> x_h W_h + b_h [..., H, d_out], a map of its own for every head.
+
+    The weight [H, d_in, d_out] starts normal with standard deviation `std`, by default
+    d_in ** -0.5; the bias at zero.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        d_in: int,
+        d_out: int,
+        *,
+        bias: bool = False,
+        std: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        weight = jax.random.normal(rngs.params(), (n, d_in, d_out), jnp.float32)
+        weight *= d_in**-0.5 if std is None else std
+        self.weight = nnx.Param(weight, axes=("heads", None, None))
+        zeros = jnp.zeros((n, d_out), jnp.float32)
+        self.bias = nnx.Param(zeros, axes=("heads", None), decay=False) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum("...hd,hde->...he", x, self.weight[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
 def heads(x: jax.Array, n: int) -> jax.Array:
     """[B, T, n * d] -> [B, T, n, d]"""
     return x.reshape(*x.shape[:-1], n, -1)

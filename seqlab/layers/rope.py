@@ -1,9 +1,83 @@
-"""Positions within documents, and rotary position embedding (Su et al., 2021, RoFormer, eq. 34)."""
+"""Positions within documents, and rotary position embedding (Su et al., 2021, RoFormer, eq. 34).
+
+The ways to stretch a trained rotation over longer texts: linear (Chen et al., 2023), Llama 3.1's
+(Grattafiori et al., 2024), and YaRN (Peng et al., 2023, section 3.2 and eq. 21-22).
+"""
+
+import math
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 
 from seqlab.kernels.precision import widen
+from seqlab.settings import STRICT, PositiveFinite
+
+
+@dataclass(frozen=True, config=STRICT)
+class Linear:
+    """Every frequency divided by `factor`."""
+
+    factor: PositiveFinite
+    kind: Literal["linear"] = "linear"
+
+    gain = 1.0
+
+    def stretch(self, frequency: np.ndarray, base: float) -> np.ndarray:
+        return frequency / self.factor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Llama3:
+    """Waves that fit `low` times or less into the trained length are divided by `factor`, those
+    that fit `high` times or more are kept, and between the two it changes over."""
+
+    factor: PositiveFinite
+    length: PositiveInt  # in tokens, of what was trained before
+    low: PositiveFinite = 1.0
+    high: PositiveFinite = 4.0
+    kind: Literal["llama3"] = "llama3"
+
+    gain = 1.0
+
+    def stretch(self, frequency: np.ndarray, base: float) -> np.ndarray:
+        times = self.length * frequency / (2 * math.pi)
+        kept = np.clip((times - self.low) / (self.high - self.low), 0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Yarn:
+    """The same, linearly between the channels whose waves fit `slow` and `fast` times; queries and
+    keys are multiplied by `gain`, which the paper has as 0.1 log(factor) + 1."""
+
+    factor: PositiveFinite
+    length: PositiveInt  # in tokens, of what was trained before
+    fast: PositiveFinite = 32.0
+    slow: PositiveFinite = 1.0
+    truncate: bool = True  # the two channels to whole numbers
+    gain: PositiveFinite = 1.0
+    kind: Literal["yarn"] = "yarn"
+
+    def stretch(self, frequency: np.ndarray, base: float) -> np.ndarray:
+        half = len(frequency)
+        low, high = (self._channel(times, half, base) for times in (self.fast, self.slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        stretched = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
+        return frequency * (1 - stretched + stretched / self.factor)
+
+    def _channel(self, times: float, half: int, base: float) -> float:
+        """The channel, between the whole ones, whose wave fits so many times into the length."""
+        return half * math.log(self.length / (times * 2 * math.pi)) / math.log(base)
+
+
+#: A rotation's stretching as a field of a config, told apart by `kind` in JSON.
+Scaling = Annotated[Linear | Llama3 | Yarn, Field(discriminator="kind")]
 
 
 def positions(reset: jax.Array, start: jax.Array) -> jax.Array:
@@ -17,15 +91,25 @@ def positions(reset: jax.Array, start: jax.Array) -> jax.Array:
     return t - began
 
 
-def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotate channel pairs (i, i + K/2) by position * base^(-2i/K); scores then see distances only.
+def rope(
+    x: jax.Array,
+    positions: jax.Array,
+    base: float,
+    *,
+    channels: int | None = None,
+    scaling: Linear | Llama3 | Yarn | None = None,
+) -> jax.Array:
+    """Rotate channel pairs (i, i + R/2) by position * base^(-2i/R); scores then see distances only.
 
-    x [B, T, H, K] with K even, positions [B, T] -> [B, T, H, K] in the dtype of x. Channels pair
-    up across the halves of a head, as in Llama's weights, not with their neighbours.
+    x [B, T, H, K], positions [B, T] -> [B, T, H, K] in the dtype of x. R is `channels`, even, and K
+    unless given; the channels behind are left as they are. Channels pair up across the halves of R,
+    as in Llama's weights, not with their neighbours.
     """
-    wide, half = widen(x), x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=wide.dtype) / half)
-    angle = positions[..., None, None].astype(wide.dtype) * frequency  # [B, T, 1, K / 2]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(wide, 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    wide, rotated = widen(x), x.shape[-1] if channels is None else channels
+    frequency = base ** (-np.arange(rotated // 2) / (rotated // 2))
+    gain = 1.0 if scaling is None else scaling.gain
+    frequency = frequency if scaling is None else scaling.stretch(frequency, base)
+    angle = positions[..., None, None].astype(wide.dtype) * jnp.asarray(frequency, wide.dtype)
+    cos, sin = jnp.cos(angle) * gain, jnp.sin(angle) * gain  # [B, T, 1, R / 2]
+    a, b, rest = jnp.split(wide, [rotated // 2, rotated], -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)

@@ -37,6 +37,9 @@ class Config:
     Embeddings are multiplied by `embed_scale`, then normed if `embed_norm` says how; logits are
     multiplied by `logit_scale`, then bent below `logit_cap` by a tanh if there is one.
 
+    `published` is the config.json, as JSON, of the published checkpoint that the model was read
+    from, which is what it is exported as.
+
     dtype "auto" computes in float32 on a CPU and in bfloat16 on an accelerator; weights, states,
     gates and logits are float32 in any case.
     """
@@ -57,6 +60,7 @@ class Config:
     embed_norm: norms.Config | None = None
     logit_scale: PositiveFinite = 1.0
     logit_cap: PositiveFinite | None = None
+    published: str | None = None
 
     def __post_init__(self):
         for name in ("vocab", "d_model", "repeats"):
@@ -142,7 +146,7 @@ class LM(nnx.Module):
         x = self._embed(tokens)
         shares = any(block.shares for block in (*self.before, *self.blocks, *self.after))
         stream, n, m = (x, x if shares else None), len(self.before), len(self.blocks)
-        period = lambda stream, xs: self._period(stream, *xs, reset)
+        period = lambda stream, xs: self._period(stream, xs[0], xs[1], reset)
         if self.config.remat != "none":
             period = jax.checkpoint(period, policy=_POLICIES[self.config.remat])
         stream, before = _unstacked(period, stream, self.before, state[:n])

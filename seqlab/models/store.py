@@ -20,7 +20,7 @@ import safetensors.flax
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ModelError
-from seqlab.models import artifacts, lm
+from seqlab.models import artifacts, lm, pretrained
 from seqlab.models import tokenizer as tokenizers
 from seqlab.models.arrays import read_arrays, read_contents, steps
 from seqlab.models.artifacts import MANIFEST
@@ -58,13 +58,26 @@ def save(model: lm.LM, path: str | os.PathLike, *, tokenizer: str = "bytes") -> 
     return path
 
 
-def load(path: str | os.PathLike, *, on_warning: Callable[[str], object] = warnings.warn) -> lm.LM:
-    """The model in a saved folder, or in the newest good checkpoint of a run folder.
+def load(
+    path: str | os.PathLike,
+    *,
+    max_length: int | None = None,
+    on_warning: Callable[[str], object] = warnings.warn,
+) -> lm.LM:
+    """The model in a saved folder, in the newest good checkpoint of a run folder, or in a published
+    folder (config.json and safetensors as transformers writes them; see `pretrained.load`).
+
+    max_length is for a published model: the tokens of a document that its full attention holds; by
+    default what it was trained for, but 4096 at most. A model of ours says so in its own config.
 
     Raises ModelError where the folder is no model, CheckpointError where it is damaged; a damaged
     checkpoint with a good one before it is passed over with a warning.
     """
     path = pathlib.Path(path)
+    if pretrained.is_published(path):
+        return pretrained.load(path, max_length=max_length)
+    if max_length is not None:
+        raise ModelError(f"{path} is no published model: its own config has the max_length.")
     if (path / "checkpoints").is_dir():
         config = _config(path)
         skeleton = config.skeleton()

@@ -7,8 +7,8 @@ from seqlab.layers.registry import mixer_name
 from seqlab.models.lm import LM, Config
 
 
-def parameter_count(model: nnx.Module) -> int:
-    """Weights of a model, which may be abstract."""
+def parameter_count(model: nnx.Module | None) -> int:
+    """Weights of a model or a part of one, which may be abstract, or absent."""
     return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
@@ -23,7 +23,8 @@ def table(model: LM) -> list[dict]:
     states = jax.eval_shape(lambda: model.init_state(1))
     entries = (*c.before, *c.pattern, *c.after)
     built = (*model.before, *model.blocks, *model.after)
-    rows = [{"block": "embedding", "mixer": "", "parameters": parameter_count(model.embed)}]
+    embedding = parameter_count(model.embed) + parameter_count(model.embed_norm)
+    rows = [{"block": "embedding", "parameters": embedding}]
     for i, (entry, block, state) in enumerate(zip(entries, built, states, strict=True)):
         repeated = len(c.before) <= i < len(c.before) + len(c.pattern)
         rows.append(
@@ -34,7 +35,7 @@ def table(model: LM) -> list[dict]:
                 "state_bytes": _bytes(state),
             }
         )
-    rest = parameter_count(model.norm) + (parameter_count(model.head) if model.head else 0)
+    rest = parameter_count(model.norm) + parameter_count(model.head)
     rows.append({"block": "norm" if model.head is None else "norm, head", "parameters": rest})
     return [{"mixer": "", "state_bytes": 0} | row for row in rows]
 

@@ -28,6 +28,23 @@ class Diagonal(NamedTuple):
         return Diagonal(later.decay * self.decay, later(self.update))
 
 
+class MaxPlus(NamedTuple):
+    """state -> max(state + shift, floor): Diagonal, with max for + and + for *.
+
+    A stretch that starts a document has shift -inf.
+    """
+
+    shift: jax.Array
+    floor: jax.Array
+
+    def __call__(self, state: jax.Array) -> jax.Array:
+        return jnp.maximum(state + self.shift, self.floor)
+
+    def then(self, later: "MaxPlus") -> "MaxPlus":
+        """The transition of this stretch followed by `later`."""
+        return MaxPlus(self.shift + later.shift, later(self.floor))
+
+
 class Matrix(NamedTuple):
     """state -> matrix @ state + update: recurrences that read the state and write it back, such as
     the delta rule.
@@ -47,10 +64,6 @@ class Matrix(NamedTuple):
         return Matrix(_exact(later.matrix, self.matrix), later(self.update))
 
 
-def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
 def compose(stretches):
     """One transition for many, stacked along the leading axis in order of time."""
     first, rest = (
@@ -60,3 +73,7 @@ def compose(stretches):
     # a decay shared by all channels would change shape when composed with one that is not
     first = jax.tree.map(lambda a, r: jnp.broadcast_to(a, r.shape[1:]), first, rest)
     return lax.scan(lambda before, later: (before.then(later), None), first, rest)[0]
+
+
+def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -15,31 +15,42 @@ Within a chunk, with G the inclusive cumulative log decay, Gamma its last row an
 How A and its two products are formed depends on the decay: see `per_head` and `per_channel`.
 """
 
+import jax
+import jax.numpy as jnp
+
 from seqlab.kernels import chunk_scan
-from seqlab.kernels.decay import BLOCK
+from seqlab.kernels.decay import chunk_length
 from seqlab.kernels.decayed_outer_product import per_channel, per_head
 from seqlab.kernels.precision import widen
 from seqlab.parallel.transitions import Diagonal
 
 
-def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64):
+def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
-    tokens = (q, k, v, widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(_kind(log_decay), tokens, state, _size(q, chunk_size))
-    return y.astype(v.dtype), state
+    tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
+    y, state = chunk_scan.scan_chunks(_kind(log_decay), tokens, state, chunk_length(q, chunk_size))
+    return read(y, v, normaliser), state
 
 
-def transition(q, k, v, log_decay, reset, *, chunk_size: int = 64) -> Diagonal:
-    """What these tokens do to the state [B, H, K, V] that enters them."""
-    tokens = (q, k, v, widen(log_decay), reset)
-    return chunk_scan.transition(_kind(log_decay), tokens, _size(q, chunk_size))
+def transition(
+    q, k, v, log_decay, reset, *, chunk_size: int = 64, normaliser: bool = False
+) -> Diagonal:
+    """What these tokens do to the state that enters them."""
+    tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
+    return chunk_scan.transition(_kind(log_decay), tokens, chunk_length(q, chunk_size))
+
+
+def written(v: jax.Array, normaliser: bool) -> jax.Array:
+    """What is written: v [B, T, H, V], beside it a column of ones if there is a normaliser."""
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1) if normaliser else v
+
+
+def read(y: jax.Array, v: jax.Array, normaliser: bool):
+    """What is returned, of what was read in float32 from what `written` wrote."""
+    if not normaliser:
+        return y.astype(v.dtype)
+    return y[..., :-1].astype(v.dtype), y[..., -1]
 
 
 def _kind(log_decay):
     return per_head if log_decay.shape[-1] == 1 else per_channel
-
-
-def _size(q, chunk_size):
-    """Tokens per chunk: no more than there are, and a multiple of the blocks of `decay`."""
-    size = min(chunk_size, q.shape[1])
-    return size + -size % BLOCK

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from seqlab.kernels import chunk_scan
 from seqlab.kernels.channel_decay import ChannelDecay
-from seqlab.kernels.decay import BLOCK
+from seqlab.kernels.decay import chunk_length
 from seqlab.kernels.head_decay import HeadDecay
 from seqlab.kernels.precision import dot, widen
 from seqlab.kernels.unit_lower import UnitLower
@@ -31,20 +31,14 @@ from seqlab.parallel.transitions import Matrix
 def chunked(q, k, v, beta, log_decay, reset, state, *, chunk_size: int = 64):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
     tokens = (q, k, v, widen(beta), widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(_DeltaRule, tokens, state, _size(q, chunk_size))
+    y, state = chunk_scan.scan_chunks(_DeltaRule, tokens, state, chunk_length(q, chunk_size))
     return y.astype(v.dtype), state
 
 
 def transition(q, k, v, beta, log_decay, reset, *, chunk_size: int = 64) -> Matrix:
     """What these tokens do to the state [B, H, K, V] that enters them."""
     tokens = (q, k, v, widen(beta), widen(log_decay), reset)
-    return chunk_scan.transition(_DeltaRule, tokens, _size(q, chunk_size))
-
-
-def _size(q, chunk_size):
-    """Tokens per chunk: no more than there are, and a multiple of the blocks of `decay`."""
-    size = min(chunk_size, q.shape[1])
-    return size + -size % BLOCK
+    return chunk_scan.transition(_DeltaRule, tokens, chunk_length(q, chunk_size))
 
 
 class _DeltaRule:

@@ -1,0 +1,29 @@
+"""The selective scan in XLA: token after token in chunks, whose states are all that is kept.
+
+Decays [B, T, E, N] would be N times the activations, so they exist one token at a time, and the
+backward pass makes the states of a chunk again from the one that entered it (as Gu & Dao, 2023,
+section 3.3.2, do inside a GPU). See `chunk` for what happens there.
+"""
+
+import jax.numpy as jnp
+
+from seqlab.kernels import chunk_scan
+from seqlab.kernels.precision import widen
+from seqlab.kernels.selective_scan import chunk
+from seqlab.parallel.transitions import Diagonal
+
+
+def chunked(u, dt, b, c, reset, A, state, *, chunk_size: int = 64):
+    """The definition's arguments and results; any T."""
+    tokens = (u, widen(dt), b[:, :, 0], c[:, :, 0], reset)
+    size, weights = min(chunk_size, u.shape[1]), (widen(A).T,)
+    y, state = chunk_scan.scan_chunks(chunk, tokens, state.mT, size, weights)  # pyright: ignore
+    return y.astype(u.dtype), state.mT
+
+
+def transition(u, dt, b, c, reset, A, *, chunk_size: int = 64) -> Diagonal:
+    """What these tokens do to the state [B, E, N] that enters them."""
+    whole = jnp.exp(jnp.sum(widen(dt), 1)[..., None] * widen(A))
+    decay = jnp.where(jnp.any(reset, 1)[:, None, None], 0, whole)
+    empty = jnp.zeros_like(whole)
+    return Diagonal(decay, chunked(u, dt, b, c, reset, A, empty, chunk_size=chunk_size)[1])

@@ -1,0 +1,94 @@
+"""What attention keeps of the tokens it may still see, in slots whose number never grows."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from seqlab.errors import ModelError
+
+
+class Ring(NamedTuple):
+    """Slots for the first tokens of a document, and slots that the tokens after share in turn.
+
+    With a window: `sinks` and `window` slots. Without: `max_length` slots, one a token, and a
+    document that is longer is refused, or gives NaN where its length is not known (in jax.jit).
+    """
+
+    window: int | None = None
+    sinks: int = 0
+    max_length: int | None = None
+
+    @property
+    def slots(self) -> int:
+        return sum(self._parts)
+
+    @property
+    def limit(self) -> int | None:
+        """Longest document that fits; None is no limit."""
+        return self.max_length if self.window is None else None
+
+    @property
+    def _parts(self) -> tuple[int, int]:
+        return (self.max_length or 0, 0) if self.window is None else (self.sinks, self.window)
+
+    def held(self, position: jax.Array) -> jax.Array:
+        """[B, slots]: the position of the token in each slot, -1 for none, before `position` [B].
+
+        Token p < fixed is kept in slot p; token p >= fixed in slot fixed + (p - fixed) % ring,
+        until token p + ring takes that slot.
+        """
+        fixed, ring = self._parts
+        last, slot = position[:, None] - 1, jnp.arange(fixed + ring, dtype=jnp.int32)
+        held = jnp.where(slot < fixed, slot, last - (last - slot) % max(ring, 1))
+        return jnp.where((held >= jnp.minimum(slot, fixed)) & (held <= last), held, -1)
+
+    def places(self, start: jax.Array, position: jax.Array, reset: jax.Array) -> tuple:
+        """Position and document of T queries, and of the slots and these T tokens as keys.
+
+        start [B], where the state stands; position, reset [B, T]. Returns [B, T] twice, then
+        [B, slots + T] twice, as `kernels.attention` takes them.
+        """
+        held = self.held(start)
+        document = jnp.cumsum(reset, 1, dtype=jnp.int32)  # what the state holds is document 0
+        return (
+            position,
+            document,
+            jnp.concatenate([held, position], 1),
+            jnp.concatenate([jnp.where(held < 0, -1, 0), document], 1),
+        )
+
+    def keep(self, old: Any, new: Any, position: jax.Array) -> Any:
+        """The slots after new tokens, of which `position` [B] is the end.
+
+        old, new: arrays [B, slots, ...] and [B, T, ...], or trees of them; as `old` in dtype.
+        """
+        held = self.held(position)  # [B, slots]
+
+        def update(old, new):
+            # a token keeps its slot while held, so what is not new already lies where it should
+            over = (..., *(None,) * (old.ndim - 2))
+            at = (new.shape[1] - (position[:, None] - held))[over]
+            new = jnp.take_along_axis(new, at.clip(0), 1, mode="clip").astype(old.dtype)
+            return jnp.where(held[over] < 0, 0, jnp.where(at < 0, old, new))
+
+        return jax.tree.map(update, old, new)
+
+    def refuse_overflow(self, position: jax.Array) -> None:
+        """Raises ModelError if it can be known that positions [B, T] do not fit."""
+        if self.limit is None:
+            return
+        T, traced = position.shape[1], isinstance(position, Tracer)
+        length = T if traced else max(T, int(position.max()) + 1)
+        if length > self.limit:
+            raise ModelError(
+                f"Full attention with max_length={self.limit} cannot hold {length} tokens: "
+                "shorten the document, or give the config a larger max_length or a window."
+            )
+
+    def mark_overflow(self, y: jax.Array, position: jax.Array) -> jax.Array:
+        """y [B, T, D], NaN from the first token on that does not fit."""
+        if self.limit is None:
+            return y
+        return jnp.where((position < self.limit)[..., None], y, jnp.nan)

@@ -1,0 +1,9 @@
+"""One file a family of published checkpoints; the listing of this folder is the registry.
+
+A file defines
+
+    MODEL_TYPES                 the `model_type`s of config.json that it serves
+    config(fields, tensors)     the model: an `lm.Config`
+    rules(config)               our weights <-> its tensors, see `rearrange`
+    IGNORED                     optional: patterns of names of tensors that are not of the model
+"""

@@ -1,0 +1,140 @@
+"""config.json of a published checkpoint, its old and new spellings brought to one."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+from seqlab.errors import CheckpointError, ModelError
+from seqlab.layers.rope import Linear, Llama3, Yarn
+
+CONFIG = "config.json"
+LONGEST = 4096  # tokens that full attention holds unless it is told otherwise
+
+
+class Fields(dict):
+    """The fields of a model that reads text; to ask for one that is absent is a ModelError.
+
+    Today's names hold, those of transformers 5: `dtype`, and `rope_parameters` as `rope()` reads
+    it. A multimodal model's `text_config` is taken out. `max_length` is what the caller asked for.
+    """
+
+    max_length: int | None = None
+
+    def __missing__(self, name: str):
+        raise ModelError(f"{CONFIG} lacks {name!r}, which this family needs: get the whole file.")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a document that full attention is to hold."""
+        return self.max_length or min(int(self.get("max_position_embeddings") or LONGEST), LONGEST)
+
+    def rope(self, layer_type: str = "full_attention") -> dict[str, Any]:
+        """`rope_base`, `rope_fraction` and `rope_scaling` of the attention of a type of layer."""
+        found = self.get("rope_parameters") or {}
+        found = found.get(layer_type, found)
+        kind = found.get("rope_type") or found.get("type") or "default"
+        if kind not in _SCALINGS:
+            raise ModelError(
+                f"{CONFIG} asks for the rotary embedding {kind!r}, and those known are "
+                f"{', '.join(_SCALINGS)}: take a checkpoint without it."
+            )
+        return {
+            "rope_base": float(found.get("rope_theta") or self.get("rope_theta") or 10_000.0),
+            "rope_fraction": float(found.get("partial_rotary_factor") or 1.0),
+            "rope_scaling": _SCALINGS[kind](found, self),
+        }
+
+
+def read(folder: pathlib.Path) -> tuple[Fields, dict[str, Any]]:
+    """The fields of a folder's config.json, and the same as they stand there.
+
+    Raises CheckpointError where it is not JSON, ModelError where it cannot be used.
+    """
+    try:
+        raw = json.loads((folder / CONFIG).read_text("utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"{folder / CONFIG} cannot be read ({error.strerror}): give a model's folder."
+        ) from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{folder / CONFIG} is not JSON: restore the file.") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{folder / CONFIG} is no JSON object: restore the file.")
+    if isinstance(raw.get("text_config"), dict):
+        outer = {name: raw[name] for name in _OUTER if name in raw}
+        raw = {**outer, **raw["text_config"]}
+    _refuse_quantized(folder, raw)
+    return normalised(raw), raw
+
+
+def normalised(raw: dict[str, Any]) -> Fields:
+    """Fields under one name each, whatever version of transformers wrote them."""
+    fields = Fields({name: value for name, value in raw.items() if value is not None})
+    if "torch_dtype" in fields:
+        fields.setdefault("dtype", fields["torch_dtype"])
+    rope = fields.get("rope_parameters")
+    if rope is None:
+        rope = {**(fields.get("rope_scaling") or {})}
+        bases = ("rope_theta", "rotary_emb_base")
+        rope["rope_theta"] = next((fields[name] for name in bases if name in fields), None)
+    if not isinstance(rope, dict):
+        raise ModelError(f"{CONFIG} holds no rotary parameters but {rope!r}: restore the file.")
+    for name in ("partial_rotary_factor", "rotary_pct"):
+        if name in fields:
+            rope = {"partial_rotary_factor": fields[name], **rope}
+    return Fields(fields | {"rope_parameters": rope})
+
+
+#: What stands beside a nested text_config and is said of the whole.
+_OUTER = ("tie_word_embeddings", "quantization_config", "dtype", "torch_dtype")
+
+
+def _refuse_quantized(folder: pathlib.Path, raw: dict[str, Any]) -> None:
+    quantized = raw.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ModelError(
+            f"{folder} is quantized ({method!r}), and no quantized file is read here (bitsandbytes,"
+            " GPTQ, AWQ, fp8, compressed-tensors and their kin): take the float weights."
+        )
+
+
+def _llama3(rope: dict, fields: Fields) -> Llama3:
+    return Llama3(
+        factor=rope["factor"],
+        length=_trained(rope, fields),
+        low=rope["low_freq_factor"],
+        high=rope["high_freq_factor"],
+    )
+
+
+def _yarn(rope: dict, fields: Fields) -> Yarn:
+    length = _trained(rope, fields)
+    factor = rope.get("factor") or fields["max_position_embeddings"] / length
+    gain = lambda m: 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+    m, over = rope.get("mscale"), rope.get("mscale_all_dim")
+    return Yarn(
+        factor=factor,
+        length=length,
+        fast=rope.get("beta_fast") or 32.0,
+        slow=rope.get("beta_slow") or 1.0,
+        truncate=rope.get("truncate", True),
+        gain=rope.get("attention_factor") or (gain(m) / gain(over) if m and over else gain(1)),
+    )
+
+
+def _trained(rope: dict, fields: Fields) -> int:
+    """Tokens of the texts that the model was trained with before they were stretched."""
+    stated = rope.get("original_max_position_embeddings")
+    return stated or fields.get(
+        "original_max_position_embeddings", fields["max_position_embeddings"]
+    )
+
+
+_SCALINGS = {
+    "default": lambda rope, fields: None,
+    "linear": lambda rope, fields: Linear(factor=rope["factor"]),
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

@@ -1,0 +1,48 @@
+"""Llama and its kin compute what transformers computes, and are exported to the bit."""
+
+import pytest
+import transformers
+
+from tests.hf_models import TINY, hold
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
+CASES = {
+    "llama": lambda: transformers.LlamaConfig(**TINY, rope_parameters=LLAMA3),
+    "llama with biases, tied, one layer": lambda: transformers.LlamaConfig(
+        **TINY | {"num_hidden_layers": 1, "num_key_value_heads": None},
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters=LINEAR,
+    ),
+    "mistral": lambda: transformers.MistralConfig(**TINY, sliding_window=7, head_dim=16),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **TINY,
+        tie_word_embeddings=True,
+        rope_parameters=YARN,
+    ),
+    "qwen3 with a window from layer 1 on": lambda: transformers.Qwen3Config(
+        **TINY, head_dim=12, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_llama_and_its_kin_are_those_of_transformers(name, tmp_path):
+    model = hold(CASES[name](), tmp_path)
+    assert len(model.before) + len(model.blocks) + len(model.after) <= 2
