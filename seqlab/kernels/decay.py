@@ -16,7 +16,7 @@ BLOCK = 16
 
 
 def chunk_length(tokens: jax.Array, chunk_size: int) -> int:
-    """Tokens per chunk of [B, T, ...]: no more than there are, rounded up to a power of two from BLOCK on."""
+    """For tokens [B, T, ...]: no more than there are, rounded up to a power of two from 16 on."""
     size = min(chunk_size, tokens.shape[1])
     return max(BLOCK, 1 << (size - 1).bit_length())
 
