@@ -60,7 +60,8 @@ class ChannelDecay:
         """Cotangents of rows and columns, and what the decays of pairs act on."""
         few, dA = x.dtype, jnp.where(self._sees, dA[:, :, 0], 0)
         rows, columns = self._kinds(widen(x), self.rows), self._kinds(widen(y), self.columns)
-        dx, dy, acts = [0.0] * len(rows), [0.0] * len(columns), 0.0
+        dx, dy = [[jnp.zeros_like(a) for a in kinds] for kinds in (rows, columns)]
+        acts = jnp.zeros_like(rows[0])
         for i, row in enumerate(jnp.split(dA, len(rows), 2)):
             for j, d in enumerate(jnp.split(row, len(columns), 3)):
                 x, y, own = rows[i], columns[j], jnp.einsum("bhii->bhi", d)[..., None]
