@@ -23,7 +23,7 @@ VARIANTS = {
     "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
     "zamba2": [
         {
-            "mixer": {"mixer": "gla", "heads": 2},
+            "mixer": mixer_config("gla", heads=2, chunk_size=16),
             "rope_base": None,
             "adapt_attention": False,
             "bias": True,

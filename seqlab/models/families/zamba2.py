@@ -98,6 +98,7 @@ def _layer(block: Any) -> list[Rule]:
             *norm_rules("mixer_norm", "input_layernorm"),
             *mamba2.mixer_rules(block.mixer, "mixer", "mamba"),
         ]
+    inner: Any = block.mixer.mixer
     shared = "shared_transformer."
     attention, mlp = shared + "self_attn.", shared + "feed_forward."
     return [
@@ -113,7 +114,7 @@ def _layer(block: Any) -> list[Rule]:
         *linear("mixer.down", mlp + "down_proj"),
         *linear("mixer.linear", "linear"),
         *norm_rules("mixer.mixer_norm", "mamba_decoder.input_layernorm"),
-        *mamba2.mixer_rules(block.mixer.mixer, "mixer.mixer", "mamba_decoder.mamba"),
+        *mamba2.mixer_rules(inner, "mixer.mixer", "mamba_decoder.mamba"),
     ]
 
 
