@@ -57,11 +57,12 @@ def exported(rules: Iterable[Rule], weights: Mapping[str, jax.Array]) -> dict[st
         arrays = [np.asarray(weights[name]) for name in rule.ours]
         arrays = arrays if rule.repeat is None else [a[rule.repeat] for a in arrays]
         for name, array in zip(rule.theirs, rule.write(arrays), strict=True):
-            if not np.array_equal(theirs.setdefault(name, array), array):
+            if name in theirs and not np.array_equal(theirs[name], array):
                 raise ModelError(
                     f"Layers that share {name} in this family differ in it by now: such a model "
                     "cannot be exported, so save it with seqlab.save."
                 )
+            theirs[name] = array
     return theirs
 
 
