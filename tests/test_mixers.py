@@ -21,6 +21,14 @@ VARIANTS = {
         {"qk_norm": norm.Config(), "qk_norm_over": "width", "gate": True, "rope_fraction": 0.5},
     ],
     "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
+    "zamba2": [
+        {
+            "mixer": mixer_config("gla", heads=2, chunk_size=16),
+            "rope_base": None,
+            "adapt_attention": False,
+            "bias": True,
+        }
+    ],
     "mla": [{"q_rank": 12, "rope_base": None, "bias": True, "scale": 0.5}],
     "mamba2": [
         {

@@ -4,7 +4,10 @@ import pytest
 import torch
 import transformers
 
-from tests.hf_models import TINY, hold
+import seqlab
+from seqlab.errors import ModelError
+from seqlab.models.parameters import bind, parameters
+from tests.hf_models import TINY, build, hold
 
 HYBRID = {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16}
 
@@ -93,7 +96,19 @@ CASES = {
         routed_scaling_factor=1.5,
         mlp_bias=True,
     ),
+    "zamba2": lambda: zamba2(use_shared_attention_adapter=True, use_mem_rope=True),
+    "zamba2 without rope": lambda: zamba2(add_bias_linear=True, num_mem_blocks=1),
 }
+
+
+def zamba2(**more):
+    """Two blocks, of which the second and the last but one layer share the first."""
+    kinds = ["linear_attention", "hybrid", "hybrid", "hybrid", "linear_attention"]
+    sizes = {"num_hidden_layers": len(kinds), "num_key_value_heads": 4, "n_mamba_heads": 8}
+    described = {"mamba_ngroups": 2, "mamba_d_state": 16, "num_mem_blocks": 2, "adapter_rank": 4}
+    return transformers.Zamba2Config(
+        **TINY | sizes | described | more, layers_block_type=kinds, tie_word_embeddings=True
+    )
 
 
 @torch.no_grad()
@@ -107,3 +122,13 @@ def rank_differently(model):
 @pytest.mark.parametrize("name", CASES)
 def test_mamba2_and_its_hybrids_are_those_of_transformers(name, tmp_path):
     hold(CASES[name](), tmp_path, adjust=rank_differently)
+
+
+def test_shared_blocks_that_have_drifted_apart_are_not_exported(tmp_path):
+    build(zamba2(), tmp_path / "theirs")
+    model = seqlab.load(tmp_path / "theirs")
+    weights = parameters(model)
+    name = next(name for name in weights if name.endswith("mixer.q.base.weight"))
+    changed = weights[name].at[-1].add(1)  # of the last repeat alone
+    with pytest.raises(ModelError, match="share model.layers.1.shared_transformer"):
+        seqlab.export_hf(bind(model, weights | {name: changed}), tmp_path / "exported")
