@@ -2,8 +2,8 @@
 
     python docs/status.py
 
-writes it anew between its two markers, holding every mixer to the contract on the way (about half
-a minute a mixer). A test compares the table with the code.
+writes it anew between its two markers, holding every mixer to the contract on the way (about ten
+seconds a mixer). A test compares the table with the code.
 """
 
 import ast
