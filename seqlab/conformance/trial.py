@@ -68,7 +68,7 @@ class Trial:
 
     def bytes_per_sequence(self) -> int:
         """Of the state, for the config as it was given."""
-        empty = lambda: _build(self.given, self.d_model).init_state(1)
+        empty = lambda: self.given.build(self.d_model, rngs=nnx.Rngs(0)).init_state(1)
         return sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(empty))
         )
