@@ -26,7 +26,6 @@ class Config:
     gate_cap: PositiveFinite | None = 15.0  # gates x become cap * tanh(x / cap)
     norm_eps: PositiveFinite = 1e-6
     eps: PositiveFinite = 1e-6  # added to the normaliser
-    bias: bool = False  # of every linear map and norm; those of the gates are always there
     layers: PositiveInt = 6
     chunk_size: PositiveInt = 64
     implementation: str | None = None
@@ -51,7 +50,7 @@ class MLSTM(Mixer):
         d_k, d_v = int(D * c.expand_k), int(D * c.expand_v)
         self.K, self.V = d_k // c.heads, d_v // c.heads
         small = (2 / (5 * D)) ** 0.5
-        linear = lambda d, std, bias=c.bias: Linear(
+        linear = lambda d, std, bias=False: Linear(
             D, d, ("embed", "heads"), bias=bias, std=std, rngs=rngs
         )
         self.q, self.k, self.v = linear(d_k, small), linear(d_k, small), linear(d_v, small)
@@ -59,9 +58,9 @@ class MLSTM(Mixer):
         self.i, self.f = linear(c.heads, 0.0, True), linear(c.heads, 0.0, True)
         self.i.bias = nnx.Param(jnp.full(c.heads, -10.0), axes=("heads",))
         self.f.bias = nnx.Param(jnp.linspace(3.0, 6.0, c.heads), axes=("heads",))
-        self.norm = LayerNorm(d_v, eps=c.norm_eps, groups=c.heads, bias=c.bias)
+        self.norm = LayerNorm(d_v, eps=c.norm_eps, groups=c.heads, bias=False)
         out_std = 2 / (c.layers * D**0.5)
-        self.out = Linear(d_v, D, ("heads", "embed"), bias=c.bias, std=out_std, rngs=rngs)
+        self.out = Linear(d_v, D, ("heads", "embed"), std=out_std, rngs=rngs)
 
     def init_state(self, batch: int) -> State:
         return empty(batch, self.config.heads, self.K, self.V)
