@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import seqlab
 from seqlab.errors import ModelError
-from tests.fla_models import D, SWIGLU, VOCAB, hold, memory, rms, split, swiglu_model, under
+from tests.fla_models import SWIGLU, VOCAB, D, hold, memory, rms, split, swiglu_model, under
 
 H = 4
 
@@ -21,10 +22,13 @@ def conv(x, weight):
 
 
 def qkvgo(d_k, d_v, width=0):
-    shapes = {f"*attn.{n}_proj.weight": (d, D) for n, d in zip("qkvg", (d_k, d_k, d_v, d_v))}
+    shapes = {
+        f"*attn.{n}_proj.weight": (d, D) for n, d in zip("qkvg", (d_k, d_k, d_v, d_v), strict=True)
+    }
     if width:
         shapes |= {
-            f"*attn.{n}_conv1d.weight": (d, 1, width) for n, d in zip("qkv", (d_k, d_k, d_v))
+            f"*attn.{n}_conv1d.weight": (d, 1, width)
+            for n, d in zip("qkv", (d_k, d_k, d_v), strict=True)
         }
     return SWIGLU | shapes | {"*attn.o_proj.weight": (D, d_v)}
 
@@ -32,7 +36,7 @@ def qkvgo(d_k, d_v, width=0):
 def projected(w, x):
     q, k, v = (x @ w[f"{n}_proj.weight"].T for n in "qkv")
     if "q_conv1d.weight" in w:
-        q, k, v = (conv(a, w[f"{n}_conv1d.weight"]) for n, a in zip("qkv", (q, k, v)))
+        q, k, v = (conv(a, w[f"{n}_conv1d.weight"]) for n, a in zip("qkv", (q, k, v), strict=True))
     q, k, v = (split(a, H) for a in (q, k, v))
     return q * q.shape[-1] ** -0.5, k, v
 
@@ -149,7 +153,8 @@ def test_rwkv6_is_that_of_fla(tmp_path):
         mix = torch.einsum("btnr,hnr->nbth", split(low, 5), up) + w["x_bias"][:, None, None]
         xr, xw, xk, xv, xg = x + d * mix
         r, k, v = (
-            split(a @ w[f"{n}_proj.linear.weight"].T, H) for n, a in zip("rkv", (xr, xk, xv))
+            split(a @ w[f"{n}_proj.linear.weight"].T, H)
+            for n, a in zip("rkv", (xr, xk, xv), strict=True)
         )
         lora = under(w, "w_proj.linear.lora.")
         decay = torch.tanh(xw @ lora["0.weight"].T) @ lora["2.weight"].T + lora["2.bias"]
@@ -180,8 +185,6 @@ def test_what_is_not_known_of_fla_is_refused_by_name(tmp_path):
     fields = {"model_type": "gla", "num_heads": H, "hidden_size": D, "vocab_size": VOCAB}
     (tmp_path / "config.json").write_text(json.dumps(fields | {"feature_map": "relu"}))
     hold_nothing = {"model.embeddings.weight": torch.zeros(VOCAB, D)}
-    from safetensors.torch import save_file
-
     save_file(hold_nothing, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="feature_map"):
         seqlab.load(tmp_path)

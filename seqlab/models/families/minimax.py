@@ -1,5 +1,7 @@
 """MiniMax-Text-01: fixed decays that depend on the layer, full attention every few, experts."""
 
+from typing import Any
+
 from seqlab.layers import moe, norm
 from seqlab.layers.mixers import attention, lightning
 from seqlab.models import block, decoder, lm
@@ -61,7 +63,7 @@ def rules(config: lm.Config) -> list[Rule]:
     return decoder.rules(config, _rules)
 
 
-def _rules(block: block.Config) -> list[Rule]:
+def _rules(block: Any) -> list[Rule]:
     mixer = LINEAR if isinstance(block.mixer, lightning.Config) else llama.ATTENTION
     theirs = lambda name: [
         f"block_sparse_moe.experts.{e}.{name}.weight" for e in range(block.ffn.experts)

@@ -1,5 +1,7 @@
 """RWKV-6 as fla-hub publishes it."""
 
+from typing import Any
+
 from seqlab.layers import norm
 from seqlab.layers.mixers import rwkv6, rwkv6_channel_mix
 from seqlab.models import block, decoder, fla, lm
@@ -46,7 +48,7 @@ def rules(config: lm.Config) -> list[Rule]:
     ]
 
 
-def _rules(mixer: rwkv6.Config) -> list[Rule]:
+def _rules(mixer: Any) -> list[Rule]:
     # [D, 5 rank] <-> [5, rank, D]
     up = reshape((-1, 5 * mixer.mix_rank), (-1, 5, mixer.mix_rank)), transpose(1, 2, 0)
     return [*COMMON, rule("mixer.mix_up", "attn.x_proj.2.weight", *up)]

@@ -1,6 +1,7 @@
 """xLSTM-7B (NX-AI), in both of its layouts: weights apart, or those of one input joined."""
 
 import json
+from typing import Any
 
 from seqlab.errors import ModelError
 from seqlab.layers import ffn, norm
@@ -64,7 +65,7 @@ COMMON = [
 ]
 
 
-def _apart(block: block.Config, d_model: int) -> list[Rule]:
+def _apart(block: Any, d_model: int) -> list[Rule]:
     return [
         *(linear(f"mixer.{name}", f"mlstm_layer.{name}")[0] for name in "qkv"),
         *linear("mixer.gate", "mlstm_layer.ogate_preact"),
@@ -75,7 +76,7 @@ def _apart(block: block.Config, d_model: int) -> list[Rule]:
     ]
 
 
-def _joined(block: block.Config, d_model: int) -> list[Rule]:
+def _joined(block: Any, d_model: int) -> list[Rule]:
     c, inner = block.mixer, block.ffn.inner(d_model)
     d_k, d_v = int(d_model * c.expand_k), int(d_model * c.expand_v)
     weights = lambda part, *names: [f"{part}.{name}.weight" for name in names]
