@@ -23,6 +23,7 @@ import seqlab
 from seqlab.conformance.tolerance import assert_same_logits
 from seqlab.models import tensors
 from seqlab.models.parameters import parameters
+from tests.hf_folders import bits
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -114,8 +115,3 @@ def logits(model: seqlab.LM, tokens: np.ndarray) -> np.ndarray:
             one, state = _step(model, jnp.asarray(tokens[:, t : t + 1]), state)
             rest.append(one)
     return np.concatenate([first, *rest], 1)
-
-
-def bits(arrays) -> dict[str, tuple]:
-    """What to compare named arrays by, so that nothing less than equality will do."""
-    return {n: (str(a.dtype), a.shape, np.asarray(a).tobytes()) for n, a in arrays.items()}

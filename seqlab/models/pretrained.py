@@ -19,7 +19,7 @@ import numpy as np
 
 from seqlab import settings
 from seqlab.errors import ModelError, SeqlabError
-from seqlab.models import decoder, hf_config, lm, tensors, translate
+from seqlab.models import decoder, hf_config, lm, published_tokenizer, tensors, translate
 from seqlab.models import families as package
 from seqlab.models.parameters import bind, parameters
 
@@ -29,6 +29,9 @@ WRAPPED = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
+
+#: Fields of configs that say how a model runs rather than what it computes.
+RUNNING = {"max_length", "implementation", "chunk_size", "dtype", "remat", "published"}
 
 
 def is_published(path: pathlib.Path) -> bool:
@@ -85,6 +88,8 @@ def export_hf(
         aside.mkdir(parents=True)
         (aside / hf_config.CONFIG).write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
         tensors.write(aside, theirs)
+        if tokenizer is not None:
+            published_tokenizer.copy(pathlib.Path(tokenizer), aside)
         aside.rename(path)
     except OSError as error:
         raise ModelError(
@@ -104,14 +109,27 @@ def published(model: lm.LM) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "it as: save it with seqlab.save."
         )
     raw = json.loads(model.config.published)
-    family = _family(raw.get("model_type"), pathlib.Path("the model"))
+    family = _family(raw.get("model_type"), pathlib.Path("The model"))
     theirs = translate.exported(family.rules(model.config), parameters(model))
+    again = _config(family, hf_config.normalised(raw), theirs, pathlib.Path("The model"))
+    if _essence(settings.plain(again)) != _essence(settings.plain(model.config)):
+        raise ModelError(
+            "The model's config was changed since it was read from a published checkpoint, which "
+            "its family cannot express: save it with seqlab.save."
+        )
     return raw | {"dtype": str(model.embed.weight.dtype)}, theirs
+
+
+def _essence(plain: Any) -> Any:
+    """A plain config without what changes how a model runs, not what it computes."""
+    if isinstance(plain, dict):
+        return {n: _essence(value) for n, value in plain.items() if n not in RUNNING}
+    return [_essence(value) for value in plain] if isinstance(plain, list) else plain
 
 
 def _family(kind: Any, path: pathlib.Path) -> ModuleType:
     known = model_types()
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ModelError(
             f"{path}: no model of type {kind!r} can be read; known types are "
             f"{', '.join(sorted(known))}."

@@ -61,6 +61,15 @@ def norm(ours: str, theirs: str) -> list[Rule]:
     return [rule(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
 
 
+def conv(ours: str, theirs: str, width: int) -> list[Rule]:
+    """A depthwise convolution, which torch stores as [channels, 1, width], and its bias."""
+    squeezed = reshape((-1, 1, width), (-1, width))
+    return [
+        rule(f"{ours}.weight", f"{theirs}.weight", squeezed, TRANSPOSE),
+        rule(f"{ours}.bias", f"{theirs}.bias"),
+    ]
+
+
 def transpose(*order: int) -> Step:
     """Permute the axes of each array: numpy's `transpose`."""
     back = tuple(int(i) for i in np.argsort(order))

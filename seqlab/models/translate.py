@@ -50,12 +50,18 @@ def imported(
 
 
 def exported(rules: Iterable[Rule], weights: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Their tensors, by name, of all our weights."""
+    """Their tensors, by name, of all our weights; raises ModelError where several of ours are one
+    of theirs and are not the same."""
     theirs: dict[str, np.ndarray] = {}
     for rule in _applicable(rules, weights):
         arrays = [np.asarray(weights[name]) for name in rule.ours]
         arrays = arrays if rule.repeat is None else [a[rule.repeat] for a in arrays]
-        theirs |= dict(zip(rule.theirs, rule.write(arrays), strict=True))
+        for name, array in zip(rule.theirs, rule.write(arrays), strict=True):
+            if not np.array_equal(theirs.setdefault(name, array), array):
+                raise ModelError(
+                    f"Layers that share {name} in this family differ in it by now: such a model "
+                    "cannot be exported, so save it with seqlab.save."
+                )
     return theirs
 
 

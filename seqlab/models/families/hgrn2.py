@@ -23,7 +23,8 @@ def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
 
 def rules(config: lm.Config) -> list[Rule]:
     found = fla.rules(config, lambda _: MIXER)
-    bounded = [at + "mixer.bounds" for at, _, block in decoder.places(config) if block.mixer.layer]
+    layers = ((at, block.mixer) for at, _, block in decoder.places(config))
+    bounded = [at + "mixer.bounds" for at, mixer in layers if mixer is not None and mixer.layer]
     if bounded:
         found.append(rule(bounded, "model.lower_bounds", copies(len(bounded))))
     return found
