@@ -118,8 +118,7 @@ def test_hgrn2_is_that_of_fla_and_its_bounds_stay_one_table(tmp_path):
         seqlab.export_hf(ours, tmp_path / "apart")
 
 
-def test_rwkv6_is_that_of_fla(tmp_path):
-    rank, inner = 3, 64
+def rwkv6_shapes(rank, inner):
     vector = ("attn_norm.weight", "attn_norm.bias", "ffn_norm.weight", "ffn_norm.bias")
     vector += ("attn.x_proj.0.mu", "attn.w_proj.linear.lora.2.bias", "attn.g_norm.weight")
     vector += ("attn.g_norm.bias", "ffn.key.mu", "ffn.receptance.mu")
@@ -139,6 +138,11 @@ def test_rwkv6_is_that_of_fla(tmp_path):
         "*ffn.value.weight": (D, inner),
         "*ffn.receptance.linear.weight": (D, D),
     }
+    return shapes
+
+
+def test_rwkv6_is_that_of_fla(tmp_path):
+    rank = 3
 
     def norm(x, w):
         return F.layer_norm(x, (D,), w["weight"], w["bias"], 1e-5)
@@ -178,7 +182,7 @@ def test_rwkv6_is_that_of_fla(tmp_path):
         return norm(x, under(weights, "model.norm.")) @ weights["lm_head.weight"].T
 
     fields = {"model_type": "rwkv6", "num_heads": H, "expand_k": 1.0, "norm_bias": True}
-    hold(tmp_path, fields, shapes, model)
+    hold(tmp_path, fields, rwkv6_shapes(rank, 64), model)
 
 
 def test_what_is_not_known_of_fla_is_refused_by_name(tmp_path):

@@ -67,8 +67,8 @@ class HGRN2(Mixer):
         self.out = linear("heads", "embed")
 
     def init_state(self, batch: int) -> State:
-        K, V = self.config.key_dim, self.norm.weight.shape[0] // self.heads
-        return State(jnp.zeros((batch, self.heads, K, V), jnp.float32))
+        K = self.config.key_dim  # and the width of values: heads split all of d_model
+        return State(jnp.zeros((batch, self.heads, K, K), jnp.float32))
 
     def mix(self, x, state: State, reset):
         c, split = self.config, lambda a: heads(a, self.heads)
