@@ -112,7 +112,7 @@ def test_hgrn2_is_that_of_fla_and_its_bounds_stay_one_table(tmp_path):
     shapes |= {"*attn.g_norm.weight": (D,), "model.lower_bounds": (3, D)}
     fields = {"model_type": "hgrn2", "expand_ratio": 8}
     ours = hold(tmp_path, fields, shapes, model)
-    bounds = ours.after[0].mixer.bounds
+    bounds = ours.blocks[1].mixer.bounds
     bounds[...] = bounds[...] + 1
     with pytest.raises(ModelError, match="trained apart"):
         seqlab.export_hf(ours, tmp_path / "apart")

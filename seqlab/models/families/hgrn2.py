@@ -26,7 +26,9 @@ def rules(config: lm.Config) -> list[Rule]:
     layers = ((at, block.mixer) for at, _, block in decoder.places(config))
     bounded = [at + "mixer.bounds" for at, mixer in layers if mixer is not None and mixer.layer]
     if bounded:
-        found.append(rule(bounded, "model.lower_bounds", copies(len(bounded))))
+        # layers that differ are never folded: each is a block of a pattern that is there once
+        one = rule(bounded, "model.lower_bounds", copies(len(bounded)))
+        found.append(one._replace(repeat=0))
     return found
 
 
