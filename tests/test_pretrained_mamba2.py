@@ -1,5 +1,8 @@
 """Mamba-2 and its hybrids compute what transformers computes, and are exported to the bit."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 import transformers
@@ -122,6 +125,39 @@ def rank_differently(model):
 @pytest.mark.parametrize("name", CASES)
 def test_mamba2_and_its_hybrids_are_those_of_transformers(name, tmp_path):
     hold(CASES[name](), tmp_path, adjust=rank_differently)
+
+
+OLDER = {
+    "bamba": {"rope_parameters": None, "rope_theta": 10_000.0, "mamba_d_head": "auto"},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "position_embedding_type": "nope",
+        "time_step_limit": None,
+        "mamba_d_head": "auto",
+    },
+    "nemotron_h": {
+        "layers_block_type": None,
+        "hybrid_override_pattern": "ME*-",
+        "num_hidden_layers": 4,
+        "head_dim": None,
+        "attention_head_dim": 12,
+        "mlp_hidden_act": None,
+        "use_bias": None,
+    },
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "hybrid", "hybrid", "mamba"]},
+    "mamba2 tied": {"time_step_limit": [0.0, float("inf")]},
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_spellings_mean_the_same(name, tmp_path):
+    build(CASES[name](), tmp_path)
+    read = lambda: dataclasses.replace(seqlab.load(tmp_path).config, published=None)
+    today, file = read(), tmp_path / "config.json"
+    raw = json.loads(file.read_text("utf-8"))
+    assert raw | OLDER[name] != raw
+    file.write_text(json.dumps(raw | OLDER[name]), "utf-8")
+    assert read() == today
 
 
 def test_shared_blocks_that_have_drifted_apart_are_not_exported(tmp_path):

@@ -18,7 +18,9 @@ MODEL_TYPES = ("mamba2",)
 EMBED = "backbone.embeddings.weight"
 TIED = (EMBED, decoder.HEAD)
 
-#: Ours <- the name of a field, as mamba2 has it and as most hybrids do.
+#: Ours <- the name of a field, as mamba2 has it and as most hybrids do; and what biases are
+#: where a config.json does not say.
+BIASES = {"conv_bias": True, "bias": False}
 PUBLISHED = {
     "heads": "num_heads",
     "head_dim": "head_dim",
@@ -69,7 +71,13 @@ def mixer(
     """The mixer that the fields of these `names` describe; `more` adds to them."""
     if act != "silu":
         raise ModelError(f"The activation of Mamba-2 is {act!r}, and only silu is known here.")
-    described: dict[str, Any] = {ours: fields[theirs] for ours, theirs in names.items()}
+    described: dict[str, Any] = {
+        ours: fields.get(theirs, BIASES[ours]) if ours in BIASES else fields[theirs]
+        for ours, theirs in names.items()
+    }
+    if described.get("head_dim") == "auto":
+        inner = int(fields["mamba_expand"] * fields["hidden_size"])
+        described["head_dim"] = inner // described["heads"]
     described |= {
         "out_bias": described["bias"],
         "norm_eps": eps,
