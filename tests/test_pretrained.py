@@ -11,7 +11,7 @@ import pytest
 import seqlab
 from seqlab.errors import CheckpointError, ConfigError, DataError, ModelError
 from seqlab.infer.command import generate
-from seqlab.models import pretrained, tensors, translate
+from seqlab.models import hf_config, pretrained, tensors, translate
 from seqlab.models.convert import convert
 from seqlab.models.decoder import fold
 from seqlab.models.parameters import parameters
@@ -50,6 +50,51 @@ def test_shards_and_old_or_nested_spellings_are_the_same_model(folder, tmp_path)
     assert bits(parameters(model)) == whole
     ours = lambda model: {**vars(model.config), "published": None}
     assert ours(model) == ours(seqlab.load(folder))
+
+
+def test_a_folder_of_links_is_read(folder, tmp_path):
+    """As the cache of the Hugging Face hub lays out a model."""
+    (tmp_path / "snapshot").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    linked = seqlab.load(tmp_path / "snapshot")
+    assert bits(parameters(linked)) == bits(parameters(seqlab.load(folder)))
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+QWEN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}),
+        ({}, {"rope_type": "default", "rope_theta": 1e4}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3},
+        ),
+        (
+            {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", **QWEN}},
+            {"rope_type": "yarn", "rope_theta": 1e6, **QWEN},
+        ),
+        (
+            {"rotary_emb_base": 2e4, "rotary_pct": 0.25, "rope_scaling": None},
+            {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.25},
+        ),
+    ],
+)
+def test_older_files_spell_rotation_otherwise(older, newer):
+    old = hf_config.normalised(older).rope()
+    assert old == hf_config.normalised({"rope_parameters": newer}).rope()
+    nested = {"rope_parameters": {"sliding_attention": newer, "full_attention": {}}}
+    assert hf_config.normalised(nested).rope("sliding_attention") == old
+    assert hf_config.normalised(nested).rope()["rope_base"] == 1e4
 
 
 class Watched:

@@ -7,7 +7,7 @@ import transformers
 
 import seqlab
 from seqlab.conformance.tolerance import assert_same_logits
-from tests.hf_models import TINY, B, T, hold, logits, torch_logits
+from tests.hf_models import TINY, B, T, build, hold, logits, torch_logits
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -71,3 +71,15 @@ def test_a_model_of_ours_that_is_built_like_one_of_these_is_exported_as_it(kind,
     assert theirs.config.model_type == kind
     tokens = np.random.default_rng(0).integers(0, 97, (B, T), np.int32)
     assert_same_logits(logits(model, tokens), torch_logits(theirs.eval(), tokens))
+
+
+def test_a_bfloat16_file_keeps_its_values(tmp_path):
+    """Vectors come back as float32 of the same values, which transformers rounds to themselves."""
+    build(CASES["llama"](), tmp_path / "wide")
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    read(tmp_path / "wide", dtype=torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    seqlab.export_hf(seqlab.load(tmp_path / "theirs"), tmp_path / "exported")
+    tokens = np.random.default_rng(0).integers(0, 97, (B, T), np.int32)
+    one, two = (read(tmp_path / name).eval() for name in ("theirs", "exported"))
+    assert one.dtype == two.dtype == torch.bfloat16
+    assert (torch_logits(one, tokens) == torch_logits(two, tokens)).all()
