@@ -1,9 +1,9 @@
-"""The status table of README.md, from the code itself.
+"""The tables of README.md and of checkpoints.md, from the code itself.
 
     python docs/status.py
 
-writes it anew between its two markers, holding every mixer to the contract on the way (about half
-a minute a mixer). A test compares the table with the code.
+writes them anew between their markers, holding every mixer to the contract on the way (about ten
+seconds a mixer). A test compares the tables with the code.
 """
 
 import ast
@@ -20,9 +20,10 @@ from flax import nnx
 from seqlab.conformance.suite import PROPERTIES, check, title
 from seqlab.kernels.recurrence import RECURRENCES
 from seqlab.layers.registry import mixer_config, own_mixers
+from seqlab.models.pretrained import model_types
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- status: python docs/status.py -->\n", "<!-- end of status -->\n"
+CHECKPOINTS = pathlib.Path(__file__).parent / "checkpoints.md"
 D_MODEL = 64  # of the state bytes; heads and sizes are the defaults of each Config
 
 #: What a column promises, and the properties that prove it.
@@ -57,11 +58,21 @@ def promised(name: str) -> dict[str, bool | None]:
     return {title(prove): True for prove in PROPERTIES}
 
 
-def replaced(text: str, new: str) -> str:
-    """`text` with what is between the markers replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + new + END + after
+def families() -> str:
+    """One row a file of published families, in Markdown."""
+    modules = sorted({m.__name__: m for m in model_types().values()}.items())
+    about = lambda module: str(module.__doc__).split("\n\n")[0].replace("\n", " ").strip()
+    types = lambda module: ", ".join(f"`{kind}`" for kind in module.MODEL_TYPES)
+    rows = "".join(f"| {types(module)} | {about(module)} |\n" for _, module in modules)
+    return "| `model_type` | |\n| --- | --- |\n" + rows
+
+
+def replaced(text: str, new: str, name: str = "status") -> str:
+    """`text` with what is between the markers of this name replaced."""
+    begin, end = f"<!-- {name}: python docs/status.py -->\n", f"<!-- end of {name} -->\n"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return before + begin + new + end + after
 
 
 def _facts(name: str) -> list[str]:
@@ -104,4 +115,6 @@ def _marks(verdicts: Mapping[str, bool | None]) -> list[str]:
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
+    pages = replaced(CHECKPOINTS.read_text("utf-8"), families(), "families")
+    CHECKPOINTS.write_text(pages, "utf-8")
     README.write_text(replaced(README.read_text("utf-8"), table(measured)), "utf-8")

@@ -26,6 +26,10 @@ MixerFiles = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Fields to override, dotted.")
 ]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens that a published model's full attention holds [<= 4096]."),
+]
 
 
 def main() -> None:
@@ -62,7 +66,7 @@ def train(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="A run folder or a saved model.")],
+    model: Annotated[Path, typer.Argument(help="A run folder, a saved or a published model.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[
         str | None, typer.Option(help="A file to continue; - is standard input.")
@@ -78,6 +82,11 @@ def generate(
     save_state: Annotated[Path | None, typer.Option(help="Save the session here.")] = None,
     state: Annotated[Path | None, typer.Option(help="Go on from a saved session.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a row.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = (
+        False
+    ),
+    system: Annotated[str | None, typer.Option(help="A system message before a --chat.")] = None,
+    max_length: MaxLength = None,
     mixer: MixerFiles = [],  # noqa: B006
 ) -> None:
     """Continue a text, streaming, in memory that does not grow."""
@@ -99,6 +108,9 @@ def generate(
         save_state=save_state,
         state=state,
         as_json=json,
+        chat=chat,
+        system=system,
+        max_length=max_length,
     )
     raise typer.Exit(status)
 
@@ -146,6 +158,21 @@ def tokenize(
     for note in done.notes:
         print(note, file=sys.stderr)
     print(f"{out}: {done.documents:,} documents, {done.tokens:,} tokens, {done.bytes:,} bytes")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A model's folder.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    max_length: MaxLength = None,
+) -> None:
+    """Write a published model as a saved one, and a run or saved model as a published one.
+
+    A published model is what transformers reads and writes: config.json and safetensors.
+    """
+    from seqlab.models.convert import convert
+
+    print(convert(source, target, max_length=max_length))
 
 
 @app.command()

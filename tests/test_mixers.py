@@ -8,7 +8,7 @@ from seqlab import settings
 from seqlab.conformance.suite import PROPERTIES, examine, title
 from seqlab.conformance.trial import Trial
 from seqlab.errors import ConfigError
-from seqlab.layers import ffn, norm
+from seqlab.layers import feature_maps, ffn, norm
 from seqlab.layers.registry import mixer_config, own_mixers
 
 SHARDED = "sharded equals one device"  # slow to compile: variants that shard alike leave it out
@@ -20,7 +20,26 @@ VARIANTS = {
         {"window": 12, "sinks": 2, "kv_heads": 2, "qk_norm": norm.Config(), "qkv_bias": True},
         {"qk_norm": norm.Config(), "qk_norm_over": "width", "gate": True, "rope_fraction": 0.5},
     ],
-    "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
+    "gla": [{"heads": 2, "conv_width": 0, "log_decay_min": -0.04, "gate": False, "chunk_size": 32}],
+    "linear_attention": [
+        {
+            "kv_heads": 2,
+            "feature_map": feature_maps.Config("hedgehog", per_head=True),
+            "sum_q": True,
+            "scale": True,
+            "normaliser": False,
+            "norm_eps": 1e-6,
+        }
+    ],
+    "zamba2": [
+        {
+            "mixer": mixer_config("gla", heads=2, chunk_size=16),
+            "rope_base": None,
+            "adapt_attention": False,
+            "bias": True,
+        }
+    ],
+    "mla": [{"q_rank": 12, "rope_base": None, "bias": True, "scale": 0.5}],
     "mamba2": [
         {
             "groups": 2,
@@ -36,6 +55,9 @@ VARIANTS = {
         }
     ],
     "slstm": [{"heads": 2, "conv_width": 0}],
+    "mamba": [{"norm": "weighted", "bias": True, "conv_bias": False, "dt_rank": 3}],
+    "min_gru": [{"expand": 2.0, "positive": False}],
+    "s5": [{"blocks": 2, "activation": "half_glu2", "clip_eigenvalues": True}],
 }
 CASES = [(name, {}) for name in own_mixers()]
 CASES += [(name, fields) for name in VARIANTS for fields in VARIANTS[name]]
@@ -71,12 +93,30 @@ def test_mixer_has_the_property(case, prove):
 @pytest.mark.parametrize(
     "name, numbers",
     [
+        ("linear_attention", "heads kv_heads expand_k expand_v eps norm_eps chunk_size"),
+        ("retnet", "heads expand_k expand_v rope_base conv_width norm_eps chunk_size"),
+        ("lightning", "heads head_dim layer layers norm_eps chunk_size"),
+        ("hgrn2", "key_dim layer layers norm_eps chunk_size"),
+        ("mlstm", "heads expand_k expand_v gate_cap norm_eps eps layers chunk_size"),
+        ("mlstm_block", "heads expand multiple_of conv_width block eps norm_eps chunk_size"),
+        ("rwkv6", "heads expand_k expand_v mix_rank decay_rank norm_eps layer layers chunk_size"),
+        ("rwkv6_channel_mix", "ratio width layer layers"),
+        ("mla", "heads kv_rank q_rank nope_dim rope_dim v_dim max_length rope_base scale"),
         ("gla", "heads expand_k expand_v conv_width decay_rank decay_temperature chunk_size"),
         (
             "mamba2",
             "head_dim heads d_state groups expand conv_width dt_min dt_max norm_eps chunk_size",
         ),
         ("slstm", "heads conv_width depth"),
+        ("mamba", "d_state expand conv_width dt_rank dt_min dt_max norm_eps chunk_size"),
+        ("rg_lru", "width heads conv_width c gate_scale"),
+        ("s5", "d_state blocks dt_min dt_max"),
+        ("aaren", "heads"),
+        ("min_gru", "expand"),
+        ("min_lstm", "expand"),
+        ("gated_conv", "conv_width"),
+        ("rwkv4", "width layer layers"),
+        ("rwkv4_channel_mix", "width layer layers"),
         ("lstm", "heads"),
         ("gru", "heads"),
         ("elman", "heads"),

@@ -1,5 +1,6 @@
 """`seqlab generate`: text in, text out as it comes; states saved and taken up again."""
 
+import itertools
 import json
 import pathlib
 import time
@@ -15,6 +16,7 @@ from seqlab.infer.session import Block, Session
 from seqlab.infer.terminal import Terminal
 from seqlab.models import store
 from seqlab.models.lm import LM
+from seqlab.models.published_tokenizer import PublishedTokenizer
 from seqlab.models.tokenizer import ByteTokenizer, Tokenizer
 
 PACE = 0.1  # seconds between two pieces of text on the screen
@@ -36,6 +38,9 @@ def generate(
     save_state: pathlib.Path | None = None,
     state: pathlib.Path | None = None,
     as_json: bool = False,
+    chat: bool = False,
+    system: str | None = None,
+    max_length: int | None = None,
 ) -> int:
     """Run the command; returns the exit status: 0, or 130 after Ctrl-C.
 
@@ -46,6 +51,8 @@ def generate(
     save_state   where the session is saved at the end, after Ctrl-C too: it stands right behind the
                  last token of the text (a stop string included)
     state        a file that `save_state` wrote: the prompt, which may then be absent, continues it
+    chat         the prompt is a message in the model's chat template, after `system` if given
+    max_length   tokens that full attention holds, for a published model
     as_json      print one JSON object a row: row, prompt_tokens, text, tokens, finish ("length",
                  "stop", "nan", "interrupted"), seconds, tokens_per_second (without the first
                  block, which compiles; null if there is no other)
@@ -53,33 +60,35 @@ def generate(
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampling = settings.read(Sampling, choices, where="generate")
     _check(prompt, prompt_file, steps, batch, stop, save_state, state)
-    lm, tokenizer = _load(model)
+    _check_chat(chat, system, state)
+    lm, tokenizer = _load(model, max_length)
     session = Session(lm) if state is None else Session.load(lm, state)
-    before = session.position[0] if session.batch else 0
-    if prompt is not None or prompt_file is not None:
-        session.feed(_ids(prompt, prompt_file, tokenizer, marked=state is None))
-    elif "length" not in session.finish:
-        raise ModelError(f"The text in {state} has ended: give a prompt to go on.")
-    read = int(session.position[0] - before)
+    given = prompt, prompt_file, tokenizer
+    ids = _conversation(*given, system) if chat else _ids(*given, marked=state is None)
+    read = _feed(session, ids, state)
     run = Run(session.fork(batch), tokenizer, sampling, seed, stop, exact=save_state is not None)
     live = not as_json and len(run.rows) == 1
     with Terminal() as terminal:
         if live and prompt is not None:
-            terminal.echo(prompt)
+            terminal.echo(prompt + "\n" * chat)
         for _ in run.go(steps, terminal, PACE if live else None):
             if live:
                 terminal.show(run.rows[0].ready())
-    for b, row in enumerate(run.rows):
-        if as_json:
-            line = json.dumps({"row": b, "prompt_tokens": read, **run.report(b)})
-        else:
-            line = row.ready() if live else f"--- {b}: {row.finish} ---\n{row.text}"
-        terminal.show(line, end="\n")
+    for b in range(len(run.rows)):
+        terminal.show(_line(run, b, read, live, as_json), end="\n")
     if save_state is not None:
         run.session.save(save_state)
     if any(row.finish == "nan" for row in run.rows):
         raise ModelError(f"The logits of {model} are not finite: its weights are damaged.")
     return 130 if terminal.stopped else 0
+
+
+def _line(run: "Run", b: int, read: int, live: bool, as_json: bool) -> str:
+    """What is printed of row b at the end; where it was shown as it came, the rest of it."""
+    row = run.rows[b]
+    if as_json:
+        return json.dumps({"row": b, "prompt_tokens": read, **run.report(b)})
+    return row.ready() if live else f"--- {b}: {row.finish} ---\n{row.text}"
 
 
 class Run:
@@ -99,7 +108,7 @@ class Run:
         *,
         exact: bool,
     ):
-        self.session, self._options = session, {"seed": seed, "stop": tokenizer.stop}
+        self.session, self._options = session, {"seed": seed, "stop": tokenizer.stops or None}
         self._sampling, self._rewinds = sampling, exact and stop is not None
         self.rows = [text.Row(tokenizer.stream(), stop) for _ in range(session.batch)]
         self._seconds = self._later_seconds = 0.0
@@ -174,8 +183,15 @@ def _check(prompt, prompt_file, steps, batch, stop, save_state, state) -> None:
         raise ConfigError(f"The folder of --save-state {save_state} does not exist: create it.")
 
 
-def _load(path: pathlib.Path) -> tuple[LM, Tokenizer]:
-    model, tokenizer = store.load(path), store.load_tokenizer(path)
+def _check_chat(chat: bool, system: str | None, state: pathlib.Path | None) -> None:
+    if system is not None and not chat:
+        raise ConfigError("--system is a message of a conversation: give --chat too.")
+    if chat and state is not None:
+        raise ConfigError("--chat begins a conversation, and --state goes on: give one of them.")
+
+
+def _load(path: pathlib.Path, max_length: int | None) -> tuple[LM, Tokenizer]:
+    model, tokenizer = store.load(path, max_length=max_length), store.load_tokenizer(path)
     if tokenizer.vocab > model.config.vocab:
         raise ModelError(
             f"The tokenizer of {path} has {tokenizer.vocab} ids but its model's vocabulary is "
@@ -184,15 +200,36 @@ def _load(path: pathlib.Path) -> tuple[LM, Tokenizer]:
     return model, tokenizer
 
 
+def _feed(session: Session, ids, state: pathlib.Path | None) -> int:
+    """How many ids the session took; none is well if `state` holds a text that has not ended."""
+    if ids is None:
+        if "length" not in session.finish:
+            raise ModelError(f"The text in {state} has ended: give a prompt to go on.")
+        return 0
+    before = session.position[0] if session.batch else 0
+    session.feed(ids)
+    return int(session.position[0] - before)
+
+
 def _ids(
     prompt: str | None, prompt_file: str | None, tokenizer: Tokenizer, *, marked: bool
-) -> Iterator[np.ndarray]:
-    """The ids of the prompt, in pieces; the document mark first where a text begins."""
-    if prompt is not None:
-        pieces = iter([prompt])
-    else:
-        pieces = text.read(prompt_file or "-", whole=not isinstance(tokenizer, ByteTokenizer))
-    if marked and tokenizer.stop is not None:
-        yield np.array([tokenizer.stop])
-    for piece in pieces:
-        yield np.array(tokenizer.encode(piece), np.int32)
+) -> Iterator[np.ndarray] | None:
+    """The ids of the prompt, in pieces, if there is one; what stands before a document first where
+    one begins."""
+    if prompt is None and prompt_file is None:
+        return None
+    whole = not isinstance(tokenizer, ByteTokenizer)
+    pieces = iter([prompt]) if prompt is not None else text.read(prompt_file or "-", whole=whole)
+    start = [np.array(tokenizer.start)] if marked and tokenizer.start else []
+    return itertools.chain(start, (np.array(tokenizer.encode(p), np.int32) for p in pieces))
+
+
+def _conversation(
+    prompt: str | None, prompt_file: str | None, tokenizer: Tokenizer, system: str | None
+) -> np.ndarray:
+    """The ids of a conversation that the prompt begins."""
+    if not isinstance(tokenizer, PublishedTokenizer):
+        raise ModelError("This model has no chat template: give its prompt without --chat.")
+    said = prompt if prompt is not None else "".join(text.read(prompt_file or "-", whole=True))
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return np.array(tokenizer.chat([*messages, {"role": "user", "content": said}]), np.int32)

@@ -18,3 +18,15 @@ def dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     # XLA's CPU runtime lacks some narrow products with wide sums
     on_cpu = lambda a, b: jnp.einsum(equation, a.astype(wide), b.astype(wide))
     return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=product)
+
+
+@jax.custom_jvp
+def bounded_sqrt(x: jax.Array) -> jax.Array:
+    """sqrt(x), its slope at most 1000, so that gradients are finite at 0 (De et al., 2024)."""
+    return jnp.sqrt(x)
+
+
+@bounded_sqrt.defjvp
+def _bounded_slope(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return jnp.sqrt(x), dx * jax.lax.rsqrt(jnp.maximum(4 * x, 1e-6))

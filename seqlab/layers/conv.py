@@ -18,12 +18,18 @@ class ShortConv(Mixer):
     """y_t = sum_j weight[j] x_{t - W + 1 + j} (+ bias), reading zeros across a document's start.
 
     The last tap multiplies the current token. Taps start uniform in +-width^-0.5 (the default of
-    depthwise convolutions in the Mamba papers' code), the bias at zero.
+    depthwise convolutions in the Mamba papers' code), or normal with standard deviation `std`; the
+    bias starts at zero.
     """
 
-    def __init__(self, d: int, width: int, *, bias: bool = False, rngs: nnx.Rngs):
-        bound = width**-0.5
-        taps = jax.random.uniform(rngs.params(), (width, d), jnp.float32, -bound, bound)
+    def __init__(
+        self, d: int, width: int, *, bias: bool = False, std: float | None = None, rngs: nnx.Rngs
+    ):
+        if std is None:
+            bound = width**-0.5
+            taps = jax.random.uniform(rngs.params(), (width, d), jnp.float32, -bound, bound)
+        else:
+            taps = std * jax.random.normal(rngs.params(), (width, d), jnp.float32)
         self.weight = nnx.Param(taps, axes=(None, "heads"))
         self.bias = nnx.Param(jnp.zeros(d, jnp.float32), axes=("heads",)) if bias else None
 

@@ -31,17 +31,30 @@ class RMSNorm(nnx.Module):
     """x [..., D] -> x / sqrt(mean(x^2) + eps) * weight, in the dtype of x.
 
     With `groups`, the mean is taken within each of that many equal groups of channels. With
-    `offset`, the factor is 1 + weight and the weight starts at zero.
+    `offset`, the factor is 1 + weight and the weight starts at zero. Without `weight` there is no
+    factor.
     """
 
-    def __init__(self, d: int, *, eps: float = 1e-6, groups: int = 1, offset: bool = False):
-        self.weight = nnx.Param(jnp.full(d, 1.0 - offset, jnp.float32), axes=(None,))
+    def __init__(
+        self,
+        d: int,
+        *,
+        eps: float = 1e-6,
+        groups: int = 1,
+        offset: bool = False,
+        weight: bool = True,
+    ):
+        start = jnp.full(d, 1.0 - offset, jnp.float32)
+        self.weight = nnx.Param(start, axes=(None,)) if weight else None
         self.eps, self.groups, self.offset = eps, groups, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = widen(x).reshape(*x.shape[:-1], self.groups, -1)
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
-        return (wide.reshape(x.shape) * (self.weight[...] + self.offset)).astype(x.dtype)
+        wide = wide.reshape(x.shape)
+        if self.weight is not None:
+            wide *= self.weight[...] + self.offset
+        return wide.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

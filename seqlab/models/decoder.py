@@ -130,7 +130,8 @@ def fold(layers: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...], int, tuple[
         for i in reversed(range(n - period)):
             run = run + 1 if ids[i] == ids[i + period] else 0
             repeats = 1 + run // period
-            best = min(best, (n - (repeats - 1) * period, i, period, repeats))
+            if repeats > 1:
+                best = min(best, (n - (repeats - 1) * period, i, period, repeats))
     _, start, period, repeats = best
     end = start + period * repeats
     cut = tuple(layers)

@@ -73,17 +73,14 @@ def normalised(raw: dict[str, Any]) -> Fields:
     fields = Fields({name: value for name, value in raw.items() if value is not None})
     if "torch_dtype" in fields:
         fields.setdefault("dtype", fields["torch_dtype"])
-    rope = fields.get("rope_parameters")
-    if rope is None:
-        rope = {**(fields.get("rope_scaling") or {})}
-        bases = ("rope_theta", "rotary_emb_base")
-        rope["rope_theta"] = next((fields[name] for name in bases if name in fields), None)
-    if not isinstance(rope, dict):
-        raise ModelError(f"{CONFIG} holds no rotary parameters but {rope!r}: restore the file.")
-    for name in ("partial_rotary_factor", "rotary_pct"):
-        if name in fields:
-            rope = {"partial_rotary_factor": fields[name], **rope}
-    return Fields(fields | {"rope_parameters": rope})
+    stated = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(stated, dict):
+        raise ModelError(f"{CONFIG} has the rotary parameters {stated!r}: restore the file.")
+    older = {
+        "rope_theta": fields.get("rope_theta", fields.get("rotary_emb_base")),
+        "partial_rotary_factor": fields.get("partial_rotary_factor", fields.get("rotary_pct")),
+    }
+    return Fields(fields | {"rope_parameters": older | stated})
 
 
 #: What stands beside a nested text_config and is said of the whole.

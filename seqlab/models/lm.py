@@ -1,10 +1,12 @@
 """A language model is a mixer over tokens: the same contract, the same law, one level up."""
 
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from pydantic import BeforeValidator, PlainSerializer
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
@@ -25,6 +27,13 @@ _POLICIES = {
     "all": jax.checkpoint_policies.nothing_saveable,
 }
 
+#: A JSON object as a field that can be hashed: text in here, an object in files.
+Published = Annotated[
+    str,
+    BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value)),
+    PlainSerializer(json.loads),
+]
+
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
@@ -37,8 +46,8 @@ class Config:
     Embeddings are multiplied by `embed_scale`, then normed if `embed_norm` says how; logits are
     multiplied by `logit_scale`, then bent below `logit_cap` by a tanh if there is one.
 
-    `published` is the config.json, as JSON, of the published checkpoint that the model was read
-    from, which is what it is exported as.
+    `published` is the config.json of the published checkpoint that the model was read from, and
+    that it is exported as.
 
     dtype "auto" computes in float32 on a CPU and in bfloat16 on an accelerator; weights, states,
     gates and logits are float32 in any case.
@@ -60,7 +69,7 @@ class Config:
     embed_norm: norms.Config | None = None
     logit_scale: PositiveFinite = 1.0
     logit_cap: PositiveFinite | None = None
-    published: str | None = None
+    published: Published | None = None
 
     def __post_init__(self):
         for name in ("vocab", "d_model", "repeats"):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from seqlab.errors import ModelError
+
 
 class Step(NamedTuple):
     """One rearrangement of a list of arrays, and its inverse."""
@@ -59,6 +61,15 @@ def norm(ours: str, theirs: str) -> list[Rule]:
     return [rule(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
 
 
+def conv(ours: str, theirs: str, width: int) -> list[Rule]:
+    """A depthwise convolution, which torch stores as [channels, 1, width], and its bias."""
+    squeezed = reshape((-1, 1, width), (-1, width))
+    return [
+        rule(f"{ours}.weight", f"{theirs}.weight", squeezed, TRANSPOSE),
+        rule(f"{ours}.bias", f"{theirs}.bias"),
+    ]
+
+
 def transpose(*order: int) -> Step:
     """Permute the axes of each array: numpy's `transpose`."""
     back = tuple(int(i) for i in np.argsort(order))
@@ -92,6 +103,11 @@ def stack(n: int) -> Step:
         lambda arrays: [Joined([np.asarray(a)[None] for a in arrays])],
         lambda arrays: [a[0] for a in _split(arrays, (1,) * n, 0)],
     )
+
+
+def copies(n: int) -> Step:
+    """One of theirs is n of ours, all the same."""
+    return Step(lambda arrays: [*arrays] * n, _one)
 
 
 class Joined:
@@ -138,6 +154,15 @@ def _split(arrays: list, sizes: Sequence[int], axis: int) -> list:
     if array.shape[axis] != sum(sizes):
         raise ValueError(f"axis {axis} of {array.shape} does not split into {sizes}")
     return np.split(np.asarray(array), np.cumsum(sizes)[:-1], axis)
+
+
+def _one(arrays: list) -> list:
+    if not all(np.array_equal(arrays[0], a) for a in arrays):
+        raise ModelError(
+            "Copies of a tensor that the published layout holds once have been trained apart: "
+            "save the model with seqlab.save."
+        )
+    return arrays[:1]
 
 
 def _join(arrays: list, axis: int) -> np.ndarray:

@@ -20,23 +20,27 @@ import safetensors.flax
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ModelError
-from seqlab.models import artifacts, lm, pretrained
+from seqlab.models import artifacts, lm, pretrained, published_tokenizer
 from seqlab.models import tokenizer as tokenizers
 from seqlab.models.arrays import read_arrays, read_contents, steps
 from seqlab.models.artifacts import MANIFEST
 from seqlab.models.parameters import bind, parameters
+from seqlab.models.published_tokenizer import FILES as TOKENIZER_FILES
+from seqlab.models.published_tokenizer import SETTINGS, TOKENIZER, PublishedTokenizer
 from seqlab.models.tokenizer import Tokenizer
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
-TOKENIZER = "tokenizer.json"
 PARAMS = "params/"  # what the names of the weights begin with in a checkpoint
 
 
-def save(model: lm.LM, path: str | os.PathLike, *, tokenizer: str = "bytes") -> pathlib.Path:
+def save(
+    model: lm.LM, path: str | os.PathLike, *, tokenizer: str | os.PathLike | None = "bytes"
+) -> pathlib.Path:
     """Write a model as a folder, whole or not at all; replaces a saved model that is there.
 
-    tokenizer: "bytes", or the path of a tokenizer.json, which is copied into the folder.
+    tokenizer: "bytes", or the path of a tokenizer.json, or of a folder with one; it is copied, and
+    what a published folder has beside it (its chat template among others) too. None is none.
     Raises ModelError where the path holds anything else or cannot be written.
     """
     path = pathlib.Path(path).resolve()
@@ -96,9 +100,16 @@ def load(
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer that a saved model or a run was trained with."""
+    """The tokenizer that a saved model or a run was trained with, or of a published folder.
+
+    Raises ModelError where there is none, or it cannot be read.
+    """
     path = pathlib.Path(path)
+    if pretrained.is_published(path) or (path / SETTINGS).is_file():
+        return PublishedTokenizer(path)
     spec, own = _fields(path).get("tokenizer", "bytes"), path / TOKENIZER
+    if spec is None:
+        raise ModelError(f"{path} was saved without a tokenizer: save it again with one.")
     return tokenizers.load_tokenizer(str(own) if own.is_file() else str(spec))
 
 
@@ -144,18 +155,19 @@ def _replaceable(path: pathlib.Path) -> bool:
     if not path.is_dir():
         return not path.exists()
     names = {inner.name for inner in path.iterdir()}
-    return not names or WEIGHTS in names <= {"config.json", TOKENIZER, WEIGHTS, MANIFEST}
+    return not names or WEIGHTS in names <= {"config.json", WEIGHTS, MANIFEST, *TOKENIZER_FILES}
 
 
-def _write(folder: pathlib.Path, model: lm.LM, tokenizer: str) -> None:
-    if tokenizer != "bytes":
+def _write(folder: pathlib.Path, model: lm.LM, tokenizer: str | os.PathLike | None) -> None:
+    if tokenizer is not None and tokenizer != "bytes":
         source = pathlib.Path(tokenizer)
-        source = source / TOKENIZER if source.is_dir() else source
-        if not source.is_file():
-            raise ModelError(f"There is no tokenizer at {source}: give 'bytes' or its path.")
-        shutil.copyfile(source, folder / TOKENIZER)
-    spec = tokenizer if tokenizer == "bytes" else TOKENIZER
-    config = {"format": FORMAT, "model": settings.plain(model.config), "tokenizer": spec}
+        file = source / TOKENIZER if source.is_dir() else source
+        if not file.is_file():
+            raise ModelError(f"There is no tokenizer at {file}: give 'bytes' or its path.")
+        published_tokenizer.copy(source, folder)
+        shutil.copyfile(file, folder / TOKENIZER)
+        tokenizer = TOKENIZER
+    config = {"format": FORMAT, "model": settings.plain(model.config), "tokenizer": tokenizer}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
     safetensors.flax.save_file(parameters(model), folder / WEIGHTS, {"format": "seqlab"})
 

@@ -31,11 +31,14 @@ class Stream(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text <-> ids in [0, vocab). `stop` is the document mark, None where there is none;
+    """Text <-> ids in [0, vocab). `stop` is the document mark, None where there is none; `start`
+    stands before a document and before a prompt, and each of `stops` ends what a model writes;
     `fingerprint` is the sha256 of all that decides the ids."""
 
     vocab: int
     stop: int | None
+    start: tuple[int, ...]
+    stops: tuple[int, ...]
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:
@@ -43,7 +46,7 @@ class Tokenizer(Protocol):
         ...
 
     def document(self, text: str) -> np.ndarray:
-        """[N] int32: the ids of a whole document, the mark before and after them."""
+        """[N] int32: the ids of a whole document, `start` before and the mark after them."""
         ...
 
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -51,7 +54,7 @@ class Tokenizer(Protocol):
         ...
 
     def prompt(self, text: str) -> list[int]:
-        """What generation starts from: the mark, then the text's ids."""
+        """What generation starts from: `start`, then the text's ids."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -76,6 +79,8 @@ class ByteTokenizer:
 
     vocab: int = 257
     stop: int | None = MARK
+    start: tuple[int, ...] = (MARK,)
+    stops: tuple[int, ...] = (MARK,)
     fingerprint = hashlib.sha256(b"utf-8 bytes; 256 marks both ends of a document").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -128,6 +133,8 @@ class FileTokenizer:
         }
         marks = [special[name] for name in (*END_MARKS, *START_MARKS) if name in special]
         self.stop: int | None = marks[0] if marks else None
+        self.start: tuple[int, ...] = tuple(marks[:1])
+        self.stops: tuple[int, ...] = self.start
         self.vocab = 1 + max(self._tokenizer.get_vocab(True).values(), default=-1)
         if not self.vocab:
             raise ModelError(f"{path} has an empty vocabulary: train the tokenizer first.")
@@ -142,13 +149,12 @@ class FileTokenizer:
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             _utf8(text)
-        mark = [] if self.stop is None else [self.stop]
+        end = [] if self.stop is None else [self.stop]
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([*mark, *e.ids, *mark], np.int32) for e in encoded]
+        return [np.array([*self.start, *e.ids, *end], np.int32) for e in encoded]
 
     def prompt(self, text: str) -> list[int]:
-        mark = [] if self.stop is None else [self.stop]
-        return [*mark, *self.encode(text)]
+        return [*self.start, *self.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(_ids(ids), skip_special_tokens=True)

@@ -45,6 +45,25 @@ class MaxPlus(NamedTuple):
         return MaxPlus(self.shift + later.shift, later(self.floor))
 
 
+class Matrix(NamedTuple):
+    """state -> matrix @ state + update: recurrences that read the state and write it back, such as
+    the delta rule.
+
+    matrix [..., K, K], update [..., K, V]. Products are never rounded to less than float32: a chain
+    of them is as long as there are chunks and devices.
+    """
+
+    matrix: jax.Array
+    update: jax.Array
+
+    def __call__(self, state: jax.Array) -> jax.Array:
+        return _exact(self.matrix, state) + self.update
+
+    def then(self, later: "Matrix") -> "Matrix":
+        """The transition of this stretch followed by `later`."""
+        return Matrix(_exact(later.matrix, self.matrix), later(self.update))
+
+
 def compose(stretches):
     """One transition for many, stacked along the leading axis in order of time."""
     first, rest = (
@@ -54,3 +73,7 @@ def compose(stretches):
     # a decay shared by all channels would change shape when composed with one that is not
     first = jax.tree.map(lambda a, r: jnp.broadcast_to(a, r.shape[1:]), first, rest)
     return lax.scan(lambda before, later: (before.then(later), None), first, rest)[0]
+
+
+def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

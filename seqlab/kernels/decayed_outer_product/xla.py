@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from seqlab.kernels import chunk_scan
-from seqlab.kernels.decay import BLOCK
+from seqlab.kernels.decay import chunk_length
 from seqlab.kernels.decayed_outer_product import per_channel, per_head
 from seqlab.kernels.precision import widen
 from seqlab.parallel.transitions import Diagonal
@@ -28,7 +28,7 @@ from seqlab.parallel.transitions import Diagonal
 def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(_kind(log_decay), tokens, state, _size(q, chunk_size))
+    y, state = chunk_scan.scan_chunks(_kind(log_decay), tokens, state, chunk_length(q, chunk_size))
     return read(y, v, normaliser), state
 
 
@@ -37,7 +37,7 @@ def transition(
 ) -> Diagonal:
     """What these tokens do to the state that enters them."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    return chunk_scan.transition(_kind(log_decay), tokens, _size(q, chunk_size))
+    return chunk_scan.transition(_kind(log_decay), tokens, chunk_length(q, chunk_size))
 
 
 def written(v: jax.Array, normaliser: bool) -> jax.Array:
@@ -54,9 +54,3 @@ def read(y: jax.Array, v: jax.Array, normaliser: bool):
 
 def _kind(log_decay):
     return per_head if log_decay.shape[-1] == 1 else per_channel
-
-
-def _size(q, chunk_size):
-    """Tokens per chunk: no more than there are, rounded up to a power of two from 16 on."""
-    size = min(chunk_size, q.shape[1])
-    return max(BLOCK, 1 << (size - 1).bit_length())

@@ -1,0 +1,56 @@
+"""Mamba, FalconMamba, Jamba, RecurrentGemma, LFM2 and RWKV-4 are what transformers computes, to
+the bit when they are exported."""
+
+import pytest
+import transformers
+
+from tests.hf_models import TINY, hold
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+MAMBA = {**SMALL, "state_size": 8, "conv_kernel": 3}
+
+CASES = {
+    "mamba": lambda: transformers.MambaConfig(**MAMBA),
+    "mamba with biases, untied": lambda: transformers.MambaConfig(
+        **MAMBA,
+        expand=3,
+        time_step_rank=5,
+        use_bias=True,
+        use_conv_bias=False,
+        tie_word_embeddings=False,
+    ),
+    "falcon_mamba": lambda: transformers.FalconMambaConfig(**MAMBA, mixer_rms_eps=1e-3),
+    "jamba": lambda: transformers.JambaConfig(
+        **TINY | {"num_hidden_layers": 4},
+        attn_layer_period=4,
+        attn_layer_offset=1,
+        num_experts=4,
+        mamba_d_state=8,
+        mamba_proj_bias=True,
+    ),
+    "recurrent_gemma": lambda: transformers.RecurrentGemmaConfig(
+        **SMALL | {"num_hidden_layers": 4},
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        attention_window_size=9,
+        logits_soft_cap=20.0,
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **TINY, layer_types=["conv", "full_attention", "conv"], block_multiple_of=8
+    ),
+    "lfm2 with biases, its width as it is": lambda: transformers.Lfm2Config(
+        **TINY | {"num_hidden_layers": 2},
+        full_attn_idxs=[1],
+        conv_bias=True,
+        block_auto_adjust_ff_dim=False,
+    ),
+    "rwkv": lambda: transformers.RwkvConfig(
+        **SMALL | {"num_hidden_layers": 3}, attention_hidden_size=48, intermediate_size=40
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_these_families_are_those_of_transformers(name, tmp_path):
+    hold(CASES[name](), tmp_path)
