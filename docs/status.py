@@ -2,8 +2,8 @@
 
     python docs/status.py
 
-writes them anew between their markers, holding every mixer to the contract on the way (about half
-a minute a mixer). A test compares the tables with the code.
+writes them anew between their markers, holding every mixer to the contract on the way (about ten
+seconds a mixer). A test compares the tables with the code.
 """
 
 import ast

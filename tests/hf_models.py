@@ -8,6 +8,7 @@ def test_this_family_is_that_of_transformers(name, tmp_path):
 """
 
 import pathlib
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -44,12 +45,15 @@ TINY = {
 _step = jax.jit(lambda model, tokens, state: model(tokens, state))
 
 
-def hold(config: Any, folder: pathlib.Path, adjust: Callable | None = None) -> seqlab.LM:
+def hold(
+    config: Any, folder: pathlib.Path, adjust: Callable | None = None, buffers: str = r"(?!)"
+) -> seqlab.LM:
     """Everything that a family must hold, of one random model; returns ours.
 
     Logits equal transformers', read at once and one by one; exported, they are to the bit those of
     the model it came from; files and weights survive the way there and back to the bit. `adjust`
-    is called with the torch model, to change what `heat` made of it.
+    is called with the torch model, to change what `heat` made of it; tensors whose names match
+    `buffers` follow from the config and need not be exported.
     """
     theirs = build(config, folder / "theirs", adjust)
     ours = seqlab.load(folder / "theirs")
@@ -63,7 +67,9 @@ def hold(config: Any, folder: pathlib.Path, adjust: Callable | None = None) -> s
         folder / "exported", attn_implementation="eager", dtype=torch.float32
     ).eval()
     assert (torch_logits(again, tokens) == expected).all(), "exported, it computes something else"
-    assert bits(tensors.read(folder / "exported")) == bits(tensors.read(folder / "theirs"))
+    held = tensors.read(folder / "theirs")
+    weights = {name: a for name, a in held.items() if not re.search(buffers, name)}
+    assert bits(tensors.read(folder / "exported")) == bits(weights)
     assert bits(parameters(seqlab.load(folder / "exported"))) == bits(parameters(ours))
     return ours
 
@@ -93,6 +99,14 @@ def heat(model: Any) -> None:
         else:
             fan_in = weight[0].numel() if weight.ndim == 2 else weight.shape[-1]
             weight.copy_(torch.randn_like(weight) * fan_in**-0.5)
+
+
+@torch.no_grad()
+def rank_differently(model: Any) -> None:
+    """For `adjust`: corrections that change which experts DeepSeek's routers choose."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn_like(buffer))
 
 
 @torch.no_grad()

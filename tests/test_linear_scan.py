@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from seqlab.conformance.tolerance import GRADIENT, assert_close
-from seqlab.kernels.linear_scan import Complex, linear_scan, xla
+from seqlab.kernels.linear_scan import Complex, linear_scan
+from seqlab.kernels.linear_scan.planes import one_like
+from seqlab.kernels.transition_scan import one_by_one, side_by_side
 from seqlab.parallel.mesh import STRATEGIES, use_mesh
+from seqlab.parallel.transitions import Diagonal
 
 B, E = 2, 4
 KINDS = ("real", "complex")
@@ -70,7 +73,9 @@ def test_the_form_for_accelerators_agrees_with_the_one_for_processors(kind):
         a, b, _, state = tokens(kind, T)
         with jax.enable_x64(True):
             a, b, state = jax.tree.map(jnp.asarray, wide((a, b, state)))
-            assert_close(xla.side_by_side(a, b, state), xla.one_by_one(a, b, state))
+            nothing = Diagonal(one_like(state), jax.tree.map(jnp.zeros_like, state))
+            parallel = side_by_side(Diagonal(a, b), nothing, state)
+            assert_close(parallel, one_by_one(Diagonal(a, b), state))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ from seqlab import settings
 from seqlab.conformance.suite import PROPERTIES, examine, title
 from seqlab.conformance.trial import Trial
 from seqlab.errors import ConfigError
-from seqlab.layers import ffn, norm
+from seqlab.layers import feature_maps, ffn, norm
 from seqlab.layers.registry import mixer_config, own_mixers
 
 SHARDED = "sharded equals one device"  # slow to compile: variants that shard alike leave it out
@@ -24,7 +24,25 @@ VARIANTS = {
         {"activation": "elu", "qk_norm": "sum", "beta": False, "gate": True, "conv_width": 0},
     ],
     "kda": [{"gate_bias": True, "lowest_decay": -5.0, "negative_eigenvalues": True}],
-    "gla": [{"heads": 2, "conv_width": 0, "chunk_size": 32}],
+    "gla": [{"heads": 2, "conv_width": 0, "log_decay_min": -0.04, "gate": False, "chunk_size": 32}],
+    "linear_attention": [
+        {
+            "kv_heads": 2,
+            "feature_map": feature_maps.Config("hedgehog", per_head=True),
+            "sum_q": True,
+            "scale": True,
+            "normaliser": False,
+            "norm_eps": 1e-6,
+        }
+    ],
+    "zamba2": [
+        {
+            "mixer": mixer_config("gla", heads=2, chunk_size=16),
+            "rope_base": None,
+            "adapt_attention": False,
+            "bias": True,
+        }
+    ],
     "mla": [{"q_rank": 12, "rope_base": None, "bias": True, "scale": 0.5}],
     "mamba2": [
         {
@@ -79,6 +97,14 @@ def test_mixer_has_the_property(case, prove):
 @pytest.mark.parametrize(
     "name, numbers",
     [
+        ("linear_attention", "heads kv_heads expand_k expand_v eps norm_eps chunk_size"),
+        ("retnet", "heads expand_k expand_v rope_base conv_width norm_eps chunk_size"),
+        ("lightning", "heads head_dim layer layers norm_eps chunk_size"),
+        ("hgrn2", "key_dim layer layers norm_eps chunk_size"),
+        ("mlstm", "heads expand_k expand_v gate_cap norm_eps eps layers chunk_size"),
+        ("mlstm_block", "heads expand multiple_of conv_width block eps norm_eps chunk_size"),
+        ("rwkv6", "heads expand_k expand_v mix_rank decay_rank norm_eps layer layers chunk_size"),
+        ("rwkv6_channel_mix", "ratio width layer layers"),
         ("mla", "heads kv_rank q_rank nope_dim rope_dim v_dim max_length rope_base scale"),
         ("gla", "heads expand_k expand_v conv_width decay_rank decay_temperature chunk_size"),
         (
@@ -93,6 +119,8 @@ def test_mixer_has_the_property(case, prove):
         ("min_gru", "expand"),
         ("min_lstm", "expand"),
         ("gated_conv", "conv_width"),
+        ("rwkv4", "width layer layers"),
+        ("rwkv4_channel_mix", "width layer layers"),
         ("lstm", "heads"),
         ("gru", "heads"),
         ("elman", "heads"),

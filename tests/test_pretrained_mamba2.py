@@ -1,10 +1,15 @@
 """Mamba-2 and its hybrids compute what transformers computes, and are exported to the bit."""
 
+import dataclasses
+import json
+
 import pytest
-import torch
 import transformers
 
-from tests.hf_models import TINY, hold
+import seqlab
+from seqlab.errors import ModelError
+from seqlab.models.parameters import bind, parameters
+from tests.hf_models import TINY, build, hold, rank_differently
 
 HYBRID = {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16}
 
@@ -93,17 +98,64 @@ CASES = {
         routed_scaling_factor=1.5,
         mlp_bias=True,
     ),
+    "zamba2": lambda: zamba2(use_shared_attention_adapter=True, use_mem_rope=True),
+    "zamba2 without rope": lambda: zamba2(add_bias_linear=True, num_mem_blocks=1),
 }
 
 
-@torch.no_grad()
-def rank_differently(model):
-    """Corrections that change which experts are chosen."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(0.3 * torch.randn_like(buffer))
+def zamba2(**more):
+    """Two blocks, of which the second and the last but one layer share the first."""
+    kinds = ["linear_attention", "hybrid", "hybrid", "hybrid", "linear_attention"]
+    sizes = {"num_hidden_layers": len(kinds), "num_key_value_heads": 4, "n_mamba_heads": 8}
+    described = {"mamba_ngroups": 2, "mamba_d_state": 16, "num_mem_blocks": 2, "adapter_rank": 4}
+    return transformers.Zamba2Config(
+        **TINY | sizes | described | more, layers_block_type=kinds, tie_word_embeddings=True
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_mamba2_and_its_hybrids_are_those_of_transformers(name, tmp_path):
     hold(CASES[name](), tmp_path, adjust=rank_differently)
+
+
+OLDER = {
+    "bamba": {"rope_parameters": None, "rope_theta": 10_000.0, "mamba_d_head": "auto"},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "position_embedding_type": "nope",
+        "time_step_limit": None,
+        "mamba_d_head": "auto",
+    },
+    "nemotron_h": {
+        "layers_block_type": None,
+        "hybrid_override_pattern": "ME*-",
+        "num_hidden_layers": 4,
+        "head_dim": None,
+        "attention_head_dim": 12,
+        "mlp_hidden_act": None,
+        "use_bias": None,
+    },
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "hybrid", "hybrid", "mamba"]},
+    "mamba2 tied": {"time_step_limit": [0.0, float("inf")]},
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_spellings_mean_the_same(name, tmp_path):
+    build(CASES[name](), tmp_path)
+    read = lambda: dataclasses.replace(seqlab.load(tmp_path).config, published=None)
+    today, file = read(), tmp_path / "config.json"
+    raw = json.loads(file.read_text("utf-8"))
+    assert raw | OLDER[name] != raw
+    file.write_text(json.dumps(raw | OLDER[name]), "utf-8")
+    assert read() == today
+
+
+def test_shared_blocks_that_have_drifted_apart_are_not_exported(tmp_path):
+    build(zamba2(), tmp_path / "theirs")
+    model = seqlab.load(tmp_path / "theirs")
+    weights = parameters(model)
+    name = next(name for name in weights if name.endswith("mixer.q.base.weight"))
+    changed = weights[name].at[-1].add(1)  # of the last repeat alone
+    with pytest.raises(ModelError, match="share model.layers.1.shared_transformer"):
+        seqlab.export_hf(bind(model, weights | {name: changed}), tmp_path / "exported")

@@ -1,5 +1,5 @@
-"""Mamba, FalconMamba, Jamba, RecurrentGemma and LFM2 are what transformers computes, to the bit
-when they are exported."""
+"""Mamba, FalconMamba, Jamba, RecurrentGemma, LFM2 and RWKV-4 are what transformers computes, to
+the bit when they are exported."""
 
 import pytest
 import transformers
@@ -44,6 +44,9 @@ CASES = {
         full_attn_idxs=[1],
         conv_bias=True,
         block_auto_adjust_ff_dim=False,
+    ),
+    "rwkv": lambda: transformers.RwkvConfig(
+        **SMALL | {"num_hidden_layers": 3}, attention_hidden_size=48, intermediate_size=40
     ),
 }
 

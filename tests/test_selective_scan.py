@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seqlab.conformance.tolerance import GRADIENT, assert_close
-from seqlab.kernels.selective_scan import selective_scan
+from seqlab.kernels.selective_scan import all_at_once, selective_scan, token_by_token
 from seqlab.parallel.mesh import STRATEGIES, use_mesh
 
 B, E, N = 2, 8, 4
@@ -58,6 +58,17 @@ def test_outputs_and_gradients_agree_with_the_definition(T, chunk_size):
     value, gradients = value_and_gradients("xla", chunk_size, *args)
     assert_close(value, expected[0])
     assert_close(gradients, expected[1], GRADIENT)
+
+
+@pytest.mark.parametrize("T", [2, 19])
+def test_the_form_for_accelerators_agrees_with_the_one_for_processors(T):
+    with jax.enable_x64(True):
+        u, dt, b, c, reset, A, state = map(jnp.asarray, wide(tokens(T)))
+        chunk = u, dt, b[:, :, 0], c[:, :, 0], reset, A.T, state.mT
+        dy, D = jnp.cos(u), jnp.sin(state.mT)
+        assert_close(all_at_once.forward(*chunk), token_by_token.forward(*chunk))
+        fast, slow = (form.backward(*chunk, dy, D) for form in (all_at_once, token_by_token))
+        assert_close(fast, slow, GRADIENT)
 
 
 @pytest.mark.parametrize("strength", [1e-6, 80.0])

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from seqlab.conformance import tolerance
+from seqlab.conformance.compiling import compiled
 from seqlab.conformance.report import Finding, close, worst
 from seqlab.conformance.trial import Trial, gradients_of, whole
 from seqlab.parallel.mesh import DATA, SEQ, use_mesh, weight_sharding
@@ -53,7 +54,7 @@ def _on_mesh(axes: dict[str, Any], inputs, expected) -> Finding:
         x, reset = put((x, reset), DATA, SEQ)
         mixer, state, weights = _placed(mixer, mesh), put(state, DATA), put(weights)
         # a new function, because a trace remembers the mesh it was made for
-        results, gradients = jax.jit(gradients_of(whole))(mixer, x, state, reset, weights)
+        results, gradients = compiled(gradients_of(whole))(mixer, x, state, reset, weights)
     where = _called(axes)
     return worst(
         [

@@ -11,13 +11,13 @@ LARGE = np.float32(1e3)  # garbage this large goes where nothing must be read
 
 def pieces_equal_the_whole(trial: Trial) -> Finding:
     """Token by token, in halves, in odd lengths and in pieces shorter than a chunk."""
-    T, half, odd = trial.length, trial.half, trial.odd
+    T, half, odd, short = trial.length, trial.half, trial.odd, trial.short
     expected = trial.run(trial.x, trial.state, trial.reset)
     cuts = {
         "token by token": [1] * T,
         "in halves": [half, T - half],
         "in odd lengths": [odd, 1, odd, T - 2 * odd - 1],
-        "in short pieces": [5] * (T // 5) + [T % 5] * (T % 5 > 0),
+        "in short pieces": [short] * (T // short) + [1] * (T % short),
     }
     findings = [close(_in_pieces(trial, sizes), expected, f"{way}") for way, sizes in cuts.items()]
     return worst(findings, ", ".join([*cuts, *trial.adjusted]))
@@ -44,13 +44,14 @@ def future_is_not_seen(trial: Trial) -> Finding:
     for t in (1, 7, trial.odd, trial.half, trial.length - 1):
         later = np.arange(trial.length)[:, None] >= t
         y, _ = trial.run(np.where(later, trial.other, trial.x), trial.state, trial.reset)
-        findings.append(exactly(y[:, :t], expected[:, :t], f"y before token {t}, when it changes"))
+        before, wanted = np.asarray(y)[:, :t], np.asarray(expected)[:, :t]
+        findings.append(exactly(before, wanted, f"y before token {t}, when it changes"))
     return worst(findings, "to the bit")
 
 
 def rows_are_independent(trial: Trial) -> Finding:
     """A row alone gives what it gives in a batch, and other rows do not change it at all."""
-    first = lambda tree: jax.tree.map(lambda a: a[:1], tree)
+    first = lambda tree: _rows(tree, slice(1))
     together = trial.run(trial.x, trial.state, trial.reset)
     alone = trial.run(trial.x[:1], first(trial.state), trial.reset[:1])
     x, reset = trial.x.copy(), trial.reset.copy()
@@ -66,16 +67,16 @@ def rows_are_independent(trial: Trial) -> Finding:
 
 
 def packed_documents_equal_separate_ones(trial: Trial) -> Finding:
-    """The first document goes on from the state, the second is one token long."""
-    a, b, T = trial.odd, trial.odd + 1, trial.length
+    """The first document goes on from the state, the two after it are one token long."""
+    a, T = trial.odd, trial.length
     reset = np.zeros((BATCH, T), bool)
-    reset[:, [a, b]] = True
-    first, _ = trial.run(trial.x[:, :a], trial.state)
-    second, _ = trial.run(trial.x[:, a:b])
-    third, state = trial.run(trial.x[:, b:])
-    y = np.concatenate([first, second, third], 1)
-    found = close(trial.run(trial.x, trial.state, reset), Results(y, state), "packed")
-    return worst([found], f"of {a}, 1 and {T - b} tokens")
+    reset[:, [a, a + 1, a + 2]] = True
+    alone = [trial.run(trial.x[:, :a], trial.state)]
+    alone += [trial.run(trial.x[:, t : t + 1]) for t in (a, a + 1)]
+    alone += [trial.run(trial.x[:, a + 2 :])]
+    expected = Results(np.concatenate([y for y, _ in alone], 1), alone[-1].state)
+    found = close(trial.run(trial.x, trial.state, reset), expected, "packed")
+    return worst([found], f"of {a}, 1, 1 and {T - a - 2} tokens")
 
 
 def documents_do_not_leak(trial: Trial) -> Finding:
@@ -100,7 +101,7 @@ def documents_do_not_leak(trial: Trial) -> Finding:
 
 def left_padding_is_forgotten(trial: Trial) -> Finding:
     """Rows padded on the left, each by its own amount, give what they give alone."""
-    starts = (trial.half, trial.length - trial.odd)
+    starts = (trial.length - trial.odd, trial.length - trial.short)
     place, start_of = np.arange(trial.length), np.asarray(starts)[:, None]
     padding, reset = (place < start_of)[..., None], place == start_of
     zeros, garbage = (
@@ -109,7 +110,7 @@ def left_padding_is_forgotten(trial: Trial) -> Finding:
     )
     findings = []
     for row, start in enumerate(starts):
-        only = lambda tree: jax.tree.map(lambda a: a[row : row + 1], tree)
+        only = lambda tree: _rows(tree, slice(row, row + 1))
         padded, dirty = (_from(start, only(results)) for results in (zeros, garbage))
         alone = only(trial.run(trial.x[:, start:]))
         findings.append(exactly(dirty, padded, "garbage instead of zeros"))
@@ -128,12 +129,17 @@ def _in_pieces(trial: Trial, sizes: list[int]):
 
 
 def _from(start: int, results: Results) -> Results:
-    return Results(results.y[:, start:], results.state)
+    return Results(np.asarray(results.y)[:, start:], results.state)
+
+
+def _rows(tree, rows: slice):
+    return jax.tree.map(lambda a: np.asarray(a)[rows], tree)
 
 
 def _scaled(state):
     """A wilder state: its real numbers as large as garbage."""
-    return jax.tree.map(lambda a: LARGE * a if a.dtype == np.float32 else a, state)
+    scale = lambda a: LARGE * np.asarray(a) if a.dtype == np.float32 else a
+    return jax.tree.map(scale, state)
 
 
 def _well_formed(leaf) -> bool:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqlab.conformance import tolerance
+from seqlab.conformance.compiling import compiled
 from seqlab.conformance.report import Finding, close, named, worst
 from seqlab.conformance.trial import Results, Trial, gradients_of, step_by_step, whole
 
@@ -32,8 +33,8 @@ def gradients_equal_the_step_form(trial: Trial) -> Finding:
     single = trial.gradients(*inputs)
     with jax.enable_x64(True):
         inputs = jax.tree.map(_widest, inputs)
-        expected = jax.jit(gradients_of(step_by_step))(*inputs)
-        lowered = jax.jit(gradients_of(whole)).lower(*inputs)
+        expected = compiled(gradients_of(step_by_step))(*inputs)
+        lowered = compiled(gradients_of(whole)).lower(*inputs)
         actual = lowered.compile()(*inputs)
         # a mixer that casts to float32 by name rounds there, whatever comes in
         rounds = "f32" in lowered.as_text()

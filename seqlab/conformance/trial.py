@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from seqlab.conformance.compiling import compiled
 from seqlab.conformance.report import named
 from seqlab.errors import ConfigError, SeqlabError
 
 BATCH = 2
+SHORT = 5  # tokens: fewer than a chunk has
 NOISE = 0.02  # added to every parameter: weights that start at zero or one hide what they do
 
 
@@ -32,8 +34,9 @@ class Trial:
     reset    [B, T], random; never at the first token, so that the state matters
     state    not empty: left by a document that goes on in x
 
-    All arrays are numpy's, so that slicing them compiles nothing. The properties cut T = `length`
-    in few different ways, because every new length is a compilation.
+    Time goes into compiling: arrays are numpy's, so that slicing and adding compile nothing, and
+    the properties cut T = `length` in few different ways: into `half`, `odd`, `short` and single
+    tokens.
     """
 
     def __init__(self, config: Any, d_model: int = 32, length: int = 40, seed: int = 0):
@@ -41,13 +44,14 @@ class Trial:
         self.config, self.adjusted = _exercised(config, length)
         self.mixer = _stirred(_build(self.config, d_model), seed)
         self.length = length
-        self.half, self.odd = length // 2, length // 2 - 1
+        self.half, self.odd, self.short = length // 2, length // 2 - 1, SHORT
         rng = np.random.default_rng(seed)
         self.x, self.other = rng.normal(size=(2, BATCH, length, d_model)).astype(np.float32)
         self.reset = rng.random((BATCH, length)) < 0.08
         self.reset[:, [0, self.half, -1]] = [[False, True, False], [False, False, True]]
         self.traces = collections.Counter()
-        self._forward = jax.jit(self._traced)
+        self._forward = compiled(self._traced)
+        self._empty = compiled(lambda batch: self.mixer.init_state(batch), static_argnums=0)
 
     def run(self, x, state=None, reset=None) -> Results:
         """mixer(x, state, reset=reset), compiled once for each shape and dtype of x."""
@@ -60,23 +64,23 @@ class Trial:
         return whole(mixer, x, state, reset)
 
     def empty(self, batch: int = BATCH):
-        return self.mixer.init_state(batch)
+        return self._empty(batch)
 
     def bytes_per_sequence(self) -> int:
         """Of the state, for the config as it was given."""
-        empty = lambda: _build(self.given, self.d_model).init_state(1)
+        empty = lambda: self.given.build(self.d_model, rngs=nnx.Rngs(0)).init_state(1)
         return sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(empty))
         )
 
     @functools.cached_property
     def state(self):
-        return self.run(self.other[:, : self.half]).state
+        return self.run(self.other[:, : self.odd]).state
 
     @functools.cached_property
     def gradients(self) -> Callable:
         """`gradients_of` the mixer itself, compiled: on one device, in float32."""
-        return jax.jit(gradients_of(whole))
+        return compiled(gradients_of(whole))
 
     @functools.cached_property
     def weights(self) -> dict:
@@ -133,7 +137,7 @@ def floating(leaves: dict) -> dict:
 
 def _build(config, d_model: int):
     try:
-        return config.build(d_model, rngs=nnx.Rngs(0))
+        return compiled(lambda: config.build(d_model, rngs=nnx.Rngs(0)))()
     except SeqlabError:
         raise
     except Exception as error:
@@ -148,7 +152,7 @@ def _stirred(mixer, seed: int):
     def stir(a):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             return a
-        return a + jnp.asarray(NOISE * rng.normal(size=a.shape), a.dtype)
+        return np.asarray(a) + (NOISE * rng.normal(size=a.shape)).astype(a.dtype)
 
     return jax.tree.map(stir, mixer)
 

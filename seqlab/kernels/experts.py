@@ -40,8 +40,8 @@ def route(
     share    [B, T, k] float32
 
     Returns [B, T, D] in the dtype of x, summed in float32 or wider. `implementation` None is
-    "blocks", which on a CPU is the fastest from a single token to thousands. On a mesh every device
-    sorts its own tokens. Raises ConfigError for an unknown implementation.
+    "blocks", on a CPU the fastest for one token and for thousands, unless experts are few. On a
+    mesh every device sorts its own tokens. Raises ConfigError for an unknown implementation.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ConfigError(

@@ -8,27 +8,32 @@ from jax import lax
 
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
+from seqlab.kernels.transition_scan import side_by_side
 from seqlab.parallel.transitions import MaxPlus
 
 
 def _scanned(log_decay, log_input, reset, state, *, initial: float = 0.0):
-    """The definition's arguments and results, in log T passes over all tokens."""
-    m = _prefixes(log_decay, log_input, reset, initial)(lax.stop_gradient(state)[:, None])
+    """The definition's arguments and results, in far fewer steps than tokens."""
+    tokens = _tokens(log_decay, log_input, reset, initial)
+    nothing = MaxPlus(jnp.zeros_like(state), jnp.full_like(state, -jnp.inf))
+    m = side_by_side(tokens, nothing, lax.stop_gradient(state))
     return m, m[:, -1]
 
 
 def _transition(log_decay, log_input, reset, *, initial: float = 0.0) -> MaxPlus:
     """What these tokens do to the m [B, H] that enters them."""
-    return jax.tree.map(lambda a: a[:, -1], _prefixes(log_decay, log_input, reset, initial))
+    tokens = _tokens(log_decay, log_input, reset, initial)
+    empty = jnp.full_like(tokens.floor[:, 0], -jnp.inf)
+    nothing = MaxPlus(jnp.zeros_like(empty), empty)
+    return MaxPlus(jnp.sum(tokens.shift, 1), side_by_side(tokens, nothing, empty)[:, -1])
 
 
-def _prefixes(log_decay, log_input, reset, initial) -> MaxPlus:
-    """What the tokens up to each one do, [B, T, H]."""
+def _tokens(log_decay, log_input, reset, initial) -> MaxPlus:
+    """Each token's transition, [B, T, H]."""
     log_decay, log_input = (widen(lax.stop_gradient(a)) for a in (log_decay, log_input))
     first = reset[..., None]
     floor = jnp.where(first, jnp.maximum(log_decay + initial, log_input), log_input)
-    tokens = MaxPlus(jnp.where(first, -jnp.inf, log_decay), floor)
-    return lax.associative_scan(lambda before, later: before.then(later), tokens, axis=1)
+    return MaxPlus(jnp.where(first, -jnp.inf, log_decay), floor)
 
 
 @recurrence(xla=_scanned, transition=_transition)

@@ -22,12 +22,12 @@ from seqlab.settings import STRICT
 class Join:
     """How a layer joins the residual stream x: keep * x + scale * layer(norm(x)).
 
-    `place` "after" norms what the layer returns instead (OLMo), "both" does both (Gemma 2). With
-    `on_normed`, what is kept is norm(x), not x (MiniMax).
+    `place` "after" norms what the layer returns instead (OLMo), "both" does both (Gemma 2), "none"
+    leaves norms to the layer. With `on_normed`, what is kept is norm(x), not x (MiniMax).
     """
 
     norm: norms.Config = norms.Config()
-    place: Literal["before", "after", "both"] = "before"
+    place: Literal["before", "after", "both", "none"] = "before"
     on_normed: bool = False
     keep: float = 1.0
     scale: float = 1.0
@@ -112,13 +112,13 @@ class Block(nnx.Module):
 
 
 def _norms(join: Join, d: int):
-    first = join.norm.build(d)
+    first = None if join.place == "none" else join.norm.build(d)
     return first, join.norm.build(d) if join.place == "both" else None
 
 
 def _read(join: Join, norm, x: jax.Array) -> jax.Array:
     """What a layer reads of the residual stream."""
-    return x if join.place == "after" else norm(x)
+    return x if join.place in ("after", "none") else norm(x)
 
 
 def _add(join: Join, norm, post_norm, x: jax.Array, read: jax.Array, y: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from seqlab.errors import ModelError
+
 
 class Step(NamedTuple):
     """One rearrangement of a list of arrays, and its inverse."""
@@ -103,6 +105,11 @@ def stack(n: int) -> Step:
     )
 
 
+def copies(n: int) -> Step:
+    """One of theirs is n of ours, all the same."""
+    return Step(lambda arrays: [*arrays] * n, _one)
+
+
 class Joined:
     """Arrays end to end along an axis, read only where they are indexed."""
 
@@ -147,6 +154,15 @@ def _split(arrays: list, sizes: Sequence[int], axis: int) -> list:
     if array.shape[axis] != sum(sizes):
         raise ValueError(f"axis {axis} of {array.shape} does not split into {sizes}")
     return np.split(np.asarray(array), np.cumsum(sizes)[:-1], axis)
+
+
+def _one(arrays: list) -> list:
+    if not all(np.array_equal(arrays[0], a) for a in arrays):
+        raise ModelError(
+            "Copies of a tensor that the published layout holds once have been trained apart: "
+            "save the model with seqlab.save."
+        )
+    return arrays[:1]
 
 
 def _join(arrays: list, axis: int) -> np.ndarray:

@@ -50,12 +50,19 @@ def imported(
 
 
 def exported(rules: Iterable[Rule], weights: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Their tensors, by name, of all our weights."""
+    """Their tensors, by name, of all our weights; raises ModelError where several of ours are one
+    of theirs and are not the same."""
     theirs: dict[str, np.ndarray] = {}
     for rule in _applicable(rules, weights):
         arrays = [np.asarray(weights[name]) for name in rule.ours]
         arrays = arrays if rule.repeat is None else [a[rule.repeat] for a in arrays]
-        theirs |= dict(zip(rule.theirs, rule.write(arrays), strict=True))
+        for name, array in zip(rule.theirs, rule.write(arrays), strict=True):
+            if name in theirs and not np.array_equal(theirs[name], array):
+                raise ModelError(
+                    f"Layers that share {name} in this family differ in it by now: such a model "
+                    "cannot be exported, so save it with seqlab.save."
+                )
+            theirs[name] = array
     return theirs
 
 
@@ -117,12 +124,10 @@ def _placed(parts: Mapping[int | None, Any], shape, axes, narrow: bool) -> jax.A
     dtypes = {part.dtype for part in parts.values()}
     dtype = dtypes.pop() if narrow and len(dtypes) == 1 else jnp.float32
 
-    def read(index):
+    def read(index):  # an array of its own each time: files may change under mapped ones
         if None in parts:
-            found = parts[None][index]
-        else:
-            found = np.stack([parts[r][index[1:]] for r in range(shape[0])[index[0]]])
-        return np.array(found, dtype)  # a copy: files may change under mapped arrays
+            return np.array(parts[None][index], dtype)
+        return np.stack([parts[r][index[1:]] for r in range(shape[0])[index[0]]], dtype=dtype)
 
     mesh = jax.sharding.get_mesh()
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])

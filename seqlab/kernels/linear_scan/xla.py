@@ -7,15 +7,14 @@ with lambda the cotangent of h in the recurrence, dh that of the outputs (Martin
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.chunk_scan import cut
 from seqlab.kernels.linear_scan.planes import conj, one_like
 from seqlab.kernels.precision import widen
+from seqlab.kernels.transition_scan import one_by_one, side_by_side
 from seqlab.parallel.transitions import Diagonal
 
 _each = jax.tree.map  # a number is an array or the planes of a Complex
@@ -46,7 +45,10 @@ def _masked(a, b, reset):
 @jax.custom_vjp
 def _scan(a, b, state):
     """h_t = a_t h_{t-1} + b_t [B, T, ...]"""
-    return lax.platform_dependent(a, b, state, cpu=one_by_one, default=side_by_side)
+    tokens = Diagonal(a, b)
+    nothing = Diagonal(one_like(state), _each(jnp.zeros_like, state))
+    parallel = lambda tokens, state: side_by_side(tokens, nothing, state)
+    return lax.platform_dependent(tokens, state, cpu=one_by_one, default=parallel)
 
 
 def _forward(a, b, state):
@@ -66,32 +68,3 @@ def _backward(saved, dh):
 
 
 _scan.defvjp(_forward, _backward)
-
-
-def one_by_one(a, b, state):
-    """T steps, that read and write every number once: on a CPU nothing is faster."""
-
-    def step(h, token):
-        h = Diagonal(*token)(h)
-        return h, h
-
-    in_time = functools.partial(_each, lambda a: jnp.moveaxis(a, 1, 0))
-    _, h = lax.scan(step, state, in_time((a, b)))
-    return _each(lambda h: jnp.moveaxis(h, 0, 1), h)
-
-
-def side_by_side(a, b, state):
-    """All chunks at once, then the states between them: 2 sqrt(T) steps, for accelerators."""
-    T = jax.tree.leaves(b)[0].shape[1]
-    tokens = cut((a, b), math.isqrt(T))  # [N, B, C, ...]
-    tokens = Diagonal(*_each(lambda a: jnp.moveaxis(a, 2, 0), tokens))
-    nothing = Diagonal(one_like(tokens.decay), _each(jnp.zeros_like, tokens.update))
-
-    def step(before, token):
-        after = before.then(token)
-        return after, after
-
-    whole, upto = lax.scan(step, _each(lambda a: a[0], nothing), tokens)
-    _, entering = lax.scan(lambda h, chunk: (chunk(h), h), state, whole)
-    joined = lambda h: jnp.moveaxis(h, (2, 1), (0, 1)).reshape(h.shape[2], -1, *h.shape[3:])
-    return _each(lambda h: joined(h)[:, :T], upto(entering))

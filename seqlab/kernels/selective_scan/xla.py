@@ -1,15 +1,16 @@
-"""The selective scan in XLA: token after token in chunks, whose states are all that is kept.
+"""The selective scan in XLA: chunk after chunk, whose states are all that is kept.
 
-Decays [B, T, E, N] would be N times the activations, so they exist one token at a time, and the
-backward pass makes the states of a chunk again from the one that entered it (as Gu & Dao, 2023,
-section 3.3.2, do inside a GPU). See `chunk` for what happens there.
+Decays [B, T, E, N] would be N times the activations, so they exist for a token (on a CPU) or for a
+chunk (elsewhere) at a time, and the backward pass makes the states of a chunk again from the one
+that entered it, as Gu & Dao, 2023, section 3.3.2, do inside a GPU.
 """
 
 import jax.numpy as jnp
+from jax import lax
 
 from seqlab.kernels import chunk_scan
 from seqlab.kernels.precision import widen
-from seqlab.kernels.selective_scan import chunk
+from seqlab.kernels.selective_scan import all_at_once, token_by_token
 from seqlab.parallel.transitions import Diagonal
 
 
@@ -17,7 +18,7 @@ def chunked(u, dt, b, c, reset, A, state, *, chunk_size: int = 64):
     """The definition's arguments and results; any T."""
     tokens = (u, widen(dt), b[:, :, 0], c[:, :, 0], reset)
     size, weights = min(chunk_size, u.shape[1]), (widen(A).T,)
-    y, state = chunk_scan.scan_chunks(chunk, tokens, state.mT, size, weights)  # pyright: ignore
+    y, state = chunk_scan.scan_chunks(_Chunk, tokens, state.mT, size, weights)  # pyright: ignore
     return y.astype(u.dtype), state.mT
 
 
@@ -27,3 +28,17 @@ def transition(u, dt, b, c, reset, A, *, chunk_size: int = 64) -> Diagonal:
     decay = jnp.where(jnp.any(reset, 1)[:, None, None], 0, whole)
     empty = jnp.zeros_like(whole)
     return Diagonal(decay, chunked(u, dt, b, c, reset, A, empty, chunk_size=chunk_size)[1])
+
+
+class _Chunk:
+    """One chunk, in states [B, N, E], so that vectors run along the channels."""
+
+    @staticmethod
+    def forward(*args):
+        faster = {"cpu": token_by_token.forward, "default": all_at_once.forward}
+        return lax.platform_dependent(*args, **faster)
+
+    @staticmethod
+    def backward(*args):
+        faster = {"cpu": token_by_token.backward, "default": all_at_once.backward}
+        return lax.platform_dependent(*args, **faster)

@@ -1,11 +1,11 @@
 """Gated Linear Attention (Yang et al., 2023): a matrix memory with a learned decay per channel."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
@@ -28,6 +28,9 @@ class Config:
     conv_width: NonNegativeInt = 4  # of the short convolution over q, k and v; 0 for none
     decay_rank: PositiveInt = 16
     decay_temperature: PositiveFinite = 16.0  # divides log-sigmoid, so that memories start out long
+    log_decay_min: Annotated[float, Field(lt=0, allow_inf_nan=False)] | None = None
+    gate: bool = True
+    norm_eps: PositiveFinite = 1e-6
     chunk_size: PositiveInt = 64
     implementation: str | None = None
 
@@ -60,8 +63,8 @@ class GLA(Mixer):
         self.conv = ShortConv(d_qkv, c.conv_width, rngs=rngs) if c.conv_width else None
         self.decay_down = Linear(d_model, c.decay_rank, ("embed", None), rngs=rngs)
         self.decay_up = Linear(c.decay_rank, self.d_k, (None, "heads"), bias=True, rngs=rngs)
-        self.gate = Linear(d_model, self.d_v, ("embed", "heads"), rngs=rngs)
-        self.norm = RMSNorm(self.d_v // c.heads)
+        self.gate = Linear(d_model, self.d_v, ("embed", "heads"), rngs=rngs) if c.gate else None
+        self.norm = RMSNorm(self.d_v // c.heads, eps=c.norm_eps)
         self.out = Linear(self.d_v, d_model, ("heads", "embed"), rngs=rngs)
 
     def init_state(self, batch: int) -> State:
@@ -76,15 +79,19 @@ class GLA(Mixer):
             qkv = jax.nn.silu(qkv)
         q, k, v = (heads(a, c.heads) for a in jnp.split(qkv, [self.d_k, 2 * self.d_k], -1))
         log_decay = jax.nn.log_sigmoid(widen(self.decay_up(self.decay_down(x))))
+        log_decay /= c.decay_temperature
+        if c.log_decay_min is not None:
+            log_decay = jnp.maximum(log_decay, c.log_decay_min)
         y, memory = decayed_outer_product(
             q * q.shape[-1] ** -0.5,
             k,
             v,
-            heads(log_decay / c.decay_temperature, c.heads),
+            heads(log_decay, c.heads),
             reset,
             state.memory,
             chunk_size=c.chunk_size,
             implementation=c.implementation,
         )
-        y = merge(self.norm(y)) * jax.nn.silu(self.gate(x))
+        y = merge(self.norm(y))
+        y = y if self.gate is None else y * jax.nn.silu(self.gate(x))
         return self.out(y), State(conv, memory)

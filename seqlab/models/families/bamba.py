@@ -13,8 +13,9 @@ MODEL_TYPES = ("bamba",)
 def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
     norms = norm.Config(eps=fields["rms_norm_eps"])
     bias = fields.get("attention_bias", False)
-    half = {"partial_rotary_factor": 0.5, **fields.get("rope_parameters", {})}
-    rope = Fields(fields | {"rope_parameters": half}).rope()
+    half = {"partial_rotary_factor": 0.5}  # where config.json does not say
+    stated = {k: v for k, v in fields["rope_parameters"].items() if v is not None}
+    rope = Fields(fields | {"rope_parameters": half | stated}).rope()
     attention = llama.mixer(fields, qkv_bias=bias, out_bias=bias, **rope)
     recurrent = mamba2.mixer(fields, mamba2.HYBRID, norms.eps, act=llama.activation(fields))
     attends = fields.get("attn_layer_indices", ())

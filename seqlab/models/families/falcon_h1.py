@@ -44,12 +44,14 @@ def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
 
 
 def _recurrent(fields: Fields, eps: float) -> mamba2.mamba2.Config:
+    inner = fields.get("mamba_d_ssm", fields.get("mamba_expand", 2) * fields["hidden_size"])
     order = "before_gate" if fields.get("mamba_norm_before_gate", True) else "after_gate"
     return mamba2.mixer(
         fields,
         mamba2.HYBRID,
         eps,
         act=llama.activation(fields),
+        head_dim=int(inner) // fields["mamba_n_heads"],
         out_bias=fields.get("projectors_bias", False),
         norm=order if fields.get("mamba_rms_norm", False) else None,
         gains=tuple(fields.get("ssm_multipliers", (1.0,) * 5)),

@@ -10,7 +10,7 @@ from seqlab.layers.mixers import mamba2
 from seqlab.models import block, decoder, lm
 from seqlab.models.families import llama
 from seqlab.models.hf_config import Fields
-from seqlab.models.rearrange import TRANSPOSE, Rule, linear, reshape, rule, split
+from seqlab.models.rearrange import TRANSPOSE, Rule, conv, linear, rule, split
 from seqlab.models.rearrange import norm as norm_rules
 
 MODEL_TYPES = ("mamba2",)
@@ -18,7 +18,9 @@ MODEL_TYPES = ("mamba2",)
 EMBED = "backbone.embeddings.weight"
 TIED = (EMBED, decoder.HEAD)
 
-#: Ours <- the name of a field, as mamba2 has it and as most hybrids do.
+#: Ours <- the name of a field, as mamba2 has it and as most hybrids do; and what biases are
+#: where a config.json does not say.
+BIASES = {"conv_bias": True, "bias": False}
 PUBLISHED = {
     "heads": "num_heads",
     "head_dim": "head_dim",
@@ -69,7 +71,13 @@ def mixer(
     """The mixer that the fields of these `names` describe; `more` adds to them."""
     if act != "silu":
         raise ModelError(f"The activation of Mamba-2 is {act!r}, and only silu is known here.")
-    described: dict[str, Any] = {ours: fields[theirs] for ours, theirs in names.items()}
+    described: dict[str, Any] = {
+        ours: fields.get(theirs, BIASES[ours]) if ours in BIASES else fields[theirs]
+        for ours, theirs in names.items()
+    }
+    if described.get("head_dim") == "auto":
+        inner = int(fields["mamba_expand"] * fields["hidden_size"])
+        described["head_dim"] = inner // described["heads"]
     described |= {
         "out_bias": described["bias"],
         "norm_eps": eps,
@@ -90,17 +98,10 @@ def mixer_rules(c: mamba2.Config, ours: str, theirs: str) -> list[Rule]:
     inner = c.heads * c.head_dim
     parts = split(inner, inner + 2 * c.groups * c.d_state, c.heads)
     projected = lambda part: tuple(f"{ours}.{name}.{part}" for name in ("z", "xbc", "dt"))
-    width = c.conv_width
     return [
         rule(projected("weight"), f"{theirs}.in_proj.weight", parts, TRANSPOSE),
         rule(projected("bias"), f"{theirs}.in_proj.bias", parts),
-        rule(
-            f"{ours}.conv.weight",
-            f"{theirs}.conv1d.weight",
-            reshape((-1, 1, width), (-1, width)),
-            TRANSPOSE,
-        ),
-        rule(f"{ours}.conv.bias", f"{theirs}.conv1d.bias"),
+        *conv(f"{ours}.conv", f"{theirs}.conv1d", c.conv_width),
         *(rule(f"{ours}.{name}", f"{theirs}.{name}") for name in ("A_log", "D", "dt_bias")),
         *norm_rules(f"{ours}.norm", f"{theirs}.norm"),
         *linear(f"{ours}.out", f"{theirs}.out_proj"),

@@ -24,12 +24,13 @@ NAMES = {
     "conv_bias": "use_conv_bias",
     "bias": "use_bias",
 }
+ACTIVATION = {"mlp_hidden_act": "relu2"}  # where config.json does not say
 LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 LAYER = "backbone.layers.{}."
 
 
 def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
-    norms = norm.Config(eps=fields["layer_norm_epsilon"])
+    norms = norm.Config(eps=fields.get("layer_norm_epsilon", 1e-5))
     join = block.Join(norm=norms)
     kinds = fields.get("layers_block_type") or [
         LETTERS.get(letter, letter) for letter in fields["hybrid_override_pattern"]
@@ -45,11 +46,12 @@ def _layer(fields: Fields, kind: str, eps: float) -> dict[str, Any]:
         lowest = fields.get("time_step_min", 1e-3)  # transformers reads no time_step_limit here
         return {"mixer": mamba2.mixer(fields, NAMES, eps, act=act, dt_limit=(lowest, None))}
     if kind in mamba2.ATTENTION:
-        return {"mixer": llama.mixer(fields, rope_base=None, rope_scaling=None)}
+        head_dim = fields.get("head_dim", fields.get("attention_head_dim", 128))
+        return {"mixer": llama.mixer(fields, head_dim=head_dim, rope_base=None, rope_scaling=None)}
     if kind not in ("mlp", "moe"):
         raise ModelError(f"The layer type {kind!r} is not known here: mend layers_block_type.")
     described = {
-        "activation": llama.activation(fields, "mlp_hidden_act"),
+        "activation": llama.activation(Fields(ACTIVATION | fields), "mlp_hidden_act"),
         "gated": False,
     }
     plain = lambda width: ffn.Config(

@@ -1,4 +1,4 @@
-"""One chunk of the selective scan, in states [B, N, E], so that vectors run along the channels.
+"""One chunk of the selective scan, one token after the other: on a CPU nothing is faster.
 
 With w_t = exp(dt_t A), lambda_t the cotangent of h_t and p_t = lambda_t w_t h_{t-1}:
 
