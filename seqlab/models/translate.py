@@ -26,6 +26,10 @@ WIDTHS = ("float32", "bfloat16", "float16")
 LISTED = 20  # names in one message
 
 
+class Drifted(ModelError):
+    """Weights that are one tensor in a family's files have come to differ."""
+
+
 def imported(
     path: pathlib.Path,
     skeleton: lm.LM,
@@ -51,15 +55,15 @@ def imported(
 
 
 def exported(rules: Iterable[Rule], weights: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Their tensors, by name, of all our weights; raises ModelError where several of ours are one
-    of theirs and are not the same."""
+    """Their tensors, by name, of all our weights; raises Drifted where several of ours are one of
+    theirs and are not the same."""
     theirs: dict[str, np.ndarray] = {}
     for rule in _applicable(rules, weights):
         arrays = [np.asarray(weights[name]) for name in rule.ours]
         arrays = arrays if rule.repeat is None else [a[rule.repeat] for a in arrays]
         for name, array in zip(rule.theirs, rule.write(arrays), strict=True):
             if name in theirs and not np.array_equal(theirs[name], array):
-                raise ModelError(
+                raise Drifted(
                     f"Layers that share {name} in this family differ in it by now: such a model "
                     "cannot be exported, so save it with seqlab.save."
                 )
