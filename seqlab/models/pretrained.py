@@ -58,12 +58,18 @@ def load(path: str | os.PathLike, *, max_length: int | None = None) -> lm.LM:
     fields, raw = hf_config.read(path)
     fields.max_length = max_length
     family = family_of(fields.get("model_type"), path)
-    held = _untied(_unwrapped(tensors.read(path)), fields, family, path)
+    held = _untied(read(path, family), fields, family, path)
     config = config_of(family, fields, held, path / hf_config.CONFIG)
     config = dataclasses.replace(config, published=json.dumps(raw))
     skeleton = config.skeleton()
     ignored = getattr(family, "IGNORED", ())
     return bind(skeleton, translate.imported(path, skeleton, family.rules(config), held, ignored))
+
+
+def read(path: pathlib.Path, family: ModuleType) -> dict[str, np.ndarray]:
+    """The tensors of a folder, by the names under which the family publishes them."""
+    respelled = getattr(family, "respelled", dict)
+    return respelled(_unwrapped(tensors.read(path)))
 
 
 def family_of(kind: Any, where: object) -> ModuleType:
