@@ -27,9 +27,9 @@ from seqlab.infer.generate import generate
 from seqlab.infer.session import Session
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.registry import mixer_config, mixers, register_mixer
+from seqlab.models.export import export_hf
 from seqlab.models.lm import LM
 from seqlab.models.lm import Config as LMConfig
-from seqlab.models.pretrained import export_hf
 from seqlab.models.store import load, load_tokenizer, save
 
 __version__ = "0.1.0"

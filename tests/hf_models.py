@@ -102,6 +102,14 @@ def heat(model: Any) -> None:
 
 
 @torch.no_grad()
+def rank_differently(model: Any) -> None:
+    """For `adjust`: corrections that change which experts DeepSeek's routers choose."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn_like(buffer))
+
+
+@torch.no_grad()
 def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     return model(torch.tensor(tokens, dtype=torch.long), use_cache=False).logits.float().numpy()
 

@@ -69,6 +69,21 @@ def test_blockwise_equals_the_definition(case):
         assert_close(gradients, expected_gradients, GRADIENT)
 
 
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (40, 3)])
+def test_blocks_in_which_all_is_seen_equal_the_definition(window, sinks):
+    """Tokens in order, in one document or two: here most blocks need no mask, and go without."""
+    with jax.enable_x64(True):
+        qkv, _ = tokens(80, 80, 2, 1)
+        position, document = np.tile(np.arange(80, dtype=np.int32), (B, 1)), np.zeros((B, 80), int)
+        position[1, 50:], document[1, 50:] = np.arange(30), 1
+        at, options = (position, document) * 2, {"window": window, "sinks": sinks, "scale": 0.7}
+        blocks = functools.partial(blockwise, block=BLOCK)
+        actual = with_gradients(blocks, qkv, at, options)
+        expected = with_gradients(definition, qkv, at, options)
+        assert_close(actual[0], expected[0])
+        assert_close(actual[1], expected[1], GRADIENT)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_narrow_operands_keep_their_dtype_and_accumulate_in_float32(dtype):
     options = {"window": None, "sinks": 0, "scale": 0.4}
@@ -128,19 +143,21 @@ def test_attention_equals_torch(window, sinks):
 
 
 @pytest.mark.parametrize("block", [1, BLOCK])
-def test_visible_blocks_miss_no_visible_pair_and_skip_what_is_empty(block):
+def test_visible_blocks_miss_no_pair_skip_what_is_empty_and_mask_all_but_what_is_clear(block):
     for seed in range(12):
         _, (qp, qd, kp, kd) = tokens(48, 64, 1, 1, seed=seed)
         kd[:, 16:32] = -1
         window, sinks = [(None, 0), (8, 0), (8, 2)][seed % 3]
         split = lambda a: np.stack(np.split(a, a.shape[1] // block, 1))
         q_at, k_at = (np.stack([split(a), split(b)]) for a, b in [(qp, qd), (kp, kd)])
-        seen = visible_blocks(q_at, k_at, window, sinks)
+        some, every = visible_blocks(q_at, k_at, window, sinks)
         pairs = visible(qp[..., None], qd[..., None], kp[:, None], kd[:, None], window, sinks)
-        pairs = pairs.reshape(B, 48 // block, block, 64 // block, block).any((0, 2, 4))
-        assert not (pairs & ~seen).any()
-        assert not seen[:, 16 // block : 32 // block].any()
-        assert block > 1 or (pairs == seen).all()
+        pairs = pairs.reshape(B, 48 // block, block, 64 // block, block)
+        assert not (pairs.any((0, 2, 4)) & ~some).any()
+        assert not (every & ~pairs.all((0, 2, 4))).any()
+        assert not some[:, 16 // block : 32 // block].any()
+        if block == 1:
+            assert (some == pairs.any((0, 2, 4))).all() and (every == pairs.all((0, 2, 4))).all()
 
 
 @pytest.mark.parametrize(("window", "band"), [(None, 8), (17, 2), (18, 3)])
@@ -148,10 +165,12 @@ def test_work_is_that_of_the_visible_blocks(window, band):
     """The causal triangle, or a band of it: a window of C + 1 reaches one block back, no more."""
     at = np.zeros((2, 8, B, BLOCK), np.int32)
     at[0] = np.arange(8 * BLOCK).reshape(8, 1, BLOCK)
-    seen = visible_blocks(at, at, window, 0)
+    some, every = visible_blocks(at, at, window, 0)
     n = np.arange(8)
     lag = n[:, None] - n
-    assert (seen == ((lag >= 0) & (lag < band))).all()
+    assert (some == ((lag >= 0) & (lag < band))).all()
+    clear = 8 if window is None else 1  # but for its edges, a band of a block and two tokens
+    assert (every == ((lag > 0) & (lag < clear))).all()
 
 
 def test_no_array_is_as_large_as_all_scores():

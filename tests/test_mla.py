@@ -45,11 +45,11 @@ def kimi():
     return attention, run, mla.Config(**OURS, rope_base=None)
 
 
-def deepseek():
+def deepseek(interleaved=False):
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as t
 
     config = t.DeepseekV3Config(
-        **SIZES, q_lora_rank=8, attention_bias=True, rope_interleave=False, rope_theta=1e4
+        **SIZES, q_lora_rank=8, attention_bias=True, rope_interleave=interleaved, rope_theta=1e4
     )
     config._attn_implementation = "eager"
     attention, turn = t.DeepseekV3Attention(config, 0), t.DeepseekV3RotaryEmbedding(config)
@@ -58,7 +58,11 @@ def deepseek():
         angles = turn(x, torch.arange(T)[None])
         return attention(x, position_embeddings=angles, attention_mask=mask)[0]
 
-    return attention, run, mla.Config(**OURS, q_rank=8, bias=True)
+    return attention, run, mla.Config(**OURS, q_rank=8, bias=True, interleaved=interleaved)
+
+
+def deepseek_as_published():
+    return deepseek(interleaved=True)
 
 
 def translated(tensors):
@@ -67,7 +71,7 @@ def translated(tensors):
     return {name: jnp.asarray(a.numpy().T) for name, a in named.items()}
 
 
-@pytest.mark.parametrize("family", [kimi, deepseek])
+@pytest.mark.parametrize("family", [kimi, deepseek, deepseek_as_published])
 def test_latent_attention_equals_transformers(family):
     """All tokens at once, and one by one, which reads the latent vectors themselves."""
     torch.manual_seed(0)

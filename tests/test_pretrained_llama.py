@@ -1,9 +1,13 @@
 """Llama and its kin compute what transformers computes, and are exported to the bit."""
 
+import numpy as np
 import pytest
+import torch
 import transformers
 
-from tests.hf_models import TINY, hold
+import seqlab
+from seqlab.conformance.tolerance import assert_same_logits
+from tests.hf_models import TINY, B, T, build, hold, logits, torch_logits
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -46,3 +50,36 @@ CASES = {
 def test_llama_and_its_kin_are_those_of_transformers(name, tmp_path):
     model = hold(CASES[name](), tmp_path)
     assert len(model.before) + len(model.blocks) + len(model.after) <= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("llama", {}),
+        ("mistral", {"window": 7, "kv_heads": 2, "head_dim": 16}),
+        ("qwen2", {"qkv_bias": True}),
+        ("qwen3", {"qk_norm": {}, "head_dim": 12, "rope_base": 1e6}),
+    ],
+)
+def test_a_model_of_ours_that_is_built_like_one_of_these_is_exported_as_it(kind, fields, tmp_path):
+    mixer = seqlab.mixer_config("attention", max_length=64, **fields)
+    config = seqlab.LMConfig(vocab=97, d_model=32, pattern=(mixer,), repeats=2)
+    model = seqlab.build(config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        seqlab.export_hf(model, tmp_path / kind), attn_implementation="eager", dtype=torch.float32
+    )
+    assert theirs.config.model_type == kind
+    tokens = np.random.default_rng(0).integers(0, 97, (B, T), np.int32)
+    assert_same_logits(logits(model, tokens), torch_logits(theirs.eval(), tokens))
+
+
+def test_a_bfloat16_file_keeps_its_values(tmp_path):
+    """Vectors come back as float32 of the same values, which transformers rounds to themselves."""
+    build(CASES["llama"](), tmp_path / "wide")
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    read(tmp_path / "wide", dtype=torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    seqlab.export_hf(seqlab.load(tmp_path / "theirs"), tmp_path / "exported")
+    tokens = np.random.default_rng(0).integers(0, 97, (B, T), np.int32)
+    one, two = (read(tmp_path / name).eval() for name in ("theirs", "exported"))
+    assert one.dtype == two.dtype == torch.bfloat16
+    assert (torch_logits(one, tokens) == torch_logits(two, tokens)).all()

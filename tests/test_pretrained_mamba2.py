@@ -4,13 +4,12 @@ import dataclasses
 import json
 
 import pytest
-import torch
 import transformers
 
 import seqlab
 from seqlab.errors import ModelError
 from seqlab.models.parameters import bind, parameters
-from tests.hf_models import TINY, build, hold
+from tests.hf_models import TINY, build, hold, rank_differently
 
 HYBRID = {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16}
 
@@ -112,14 +111,6 @@ def zamba2(**more):
     return transformers.Zamba2Config(
         **TINY | sizes | described | more, layers_block_type=kinds, tie_word_embeddings=True
     )
-
-
-@torch.no_grad()
-def rank_differently(model):
-    """Corrections that change which experts are chosen."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(0.3 * torch.randn_like(buffer))
 
 
 @pytest.mark.parametrize("name", CASES)

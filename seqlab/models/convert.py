@@ -2,7 +2,7 @@
 
 import pathlib
 
-from seqlab.models import pretrained, published_tokenizer, store
+from seqlab.models import export, pretrained, published_tokenizer, store
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, *, max_length: int | None = None) -> str:
@@ -16,5 +16,5 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, max_length: int | Non
     if pretrained.is_published(source):
         store.save(model, target, tokenizer=tokenizer)
         return f"{target} is a saved model, for seqlab.load and every command."
-    pretrained.export_hf(model, target, tokenizer=tokenizer)
+    export.export_hf(model, target, tokenizer=tokenizer)
     return f"{target} is a published model, for transformers and all that reads its files."

@@ -57,11 +57,12 @@ def exported(rules: Iterable[Rule], weights: Mapping[str, jax.Array]) -> dict[st
         arrays = [np.asarray(weights[name]) for name in rule.ours]
         arrays = arrays if rule.repeat is None else [a[rule.repeat] for a in arrays]
         for name, array in zip(rule.theirs, rule.write(arrays), strict=True):
-            if not np.array_equal(theirs.setdefault(name, array), array):
+            if name in theirs and not np.array_equal(theirs[name], array):
                 raise ModelError(
                     f"Layers that share {name} in this family differ in it by now: such a model "
                     "cannot be exported, so save it with seqlab.save."
                 )
+            theirs[name] = array
     return theirs
 
 
@@ -123,12 +124,10 @@ def _placed(parts: Mapping[int | None, Any], shape, axes, narrow: bool) -> jax.A
     dtypes = {part.dtype for part in parts.values()}
     dtype = dtypes.pop() if narrow and len(dtypes) == 1 else jnp.float32
 
-    def read(index):
+    def read(index):  # an array of its own each time: files may change under mapped ones
         if None in parts:
-            found = parts[None][index]
-        else:
-            found = np.stack([parts[r][index[1:]] for r in range(shape[0])[index[0]]])
-        return np.array(found, dtype)  # a copy: files may change under mapped arrays
+            return np.array(parts[None][index], dtype)
+        return np.stack([parts[r][index[1:]] for r in range(shape[0])[index[0]]], dtype=dtype)
 
     mesh = jax.sharding.get_mesh()
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -17,21 +17,27 @@ def visible(q_position, q_document, k_position, k_document, window: int | None, 
 
 
 def visible_blocks(q_at: jax.Array, k_at: jax.Array, window: int | None, sinks: int):
-    """Blocks [N, M] in which some query may see some key; never misses one that does.
+    """Two of [N, M]: blocks in which some query may see some key, and in which every one sees all.
 
     q_at [2, N, B, C], k_at [2, M, B, C]: position and document of each token. Decided from the
-    extent of each block, so the cost is that of N * M numbers, not of T * S.
+    extent of each block, so the cost is that of N * M numbers, not of T * S: no block that is seen
+    is missed, and those that need no mask are known.
     """
     (q_first, q_from), (q_last, q_to) = (a[:, :, None] for a in _extent(q_at))  # [2, N, 1, B]
     (k_first, k_from), (k_last, k_to) = (a[:, None] for a in _extent(k_at))  # [2, 1, M, B]
-    overlap = (k_from <= q_to) & (q_from <= k_to) & (k_first <= q_last)
-    return jnp.any(overlap & _near(q_first, k_last, k_first, window, sinks), -1)
+    some = (k_from <= q_to) & (q_from <= k_to) & (k_first <= q_last)
+    some &= _near(q_first, k_last, k_first, window, sinks)
+    filled = jnp.all(q_at[1] >= 0, -1)[:, None] & jnp.all(k_at[1] >= 0, -1)
+    one = (q_from == q_to) & (k_from == k_to) & (q_from == k_from)
+    every = filled & one & (k_last <= q_first) & _near(q_last, k_first, k_last, window, sinks)
+    return jnp.any(some, -1), jnp.all(every, -1)
 
 
-def _near(q_position, k_last, k_first, window, sinks):
+def _near(q_position, k_position, k_rank, window, sinks):
+    """Whether a key is within the window, or by its rank in the document among the sinks."""
     if window is None:
         return True
-    return (q_position - k_last < window) | (k_first < sinks)
+    return (q_position - k_position < window) | (k_rank < sinks)
 
 
 def _extent(at):

@@ -51,16 +51,16 @@ def _attention(options, q, k, v, q_at, k_at):
 
 
 def _forward(options, q, k, v, q_at, k_at):
-    def step(i, j, carry):
+    def step(i, j, clear, carry):
         acc, top, total = (a[i] for a in carry)
-        scores = _scores(options, q[i], k[j], q_at[:, i], k_at[:, j])
+        scores = _scores(options, q[i], k[j], q_at[:, i], k_at[:, j], clear)
         highest = jnp.maximum(top, scores.max(-1))
         weights = jnp.exp(scores - highest[..., None])
         shrink = jnp.exp(top - highest)
         total = shrink * total + weights.sum(-1)
         seen = _dot("bgrts,bgsv->bgrtv", weights.astype(v.dtype), v[j])
         new = shrink[..., None] * acc + seen, highest, total
-        return tuple(a.at[i].set(b) for a, b in zip(carry, new, strict=True))
+        return tuple(_put(a, i, b) for a, b in zip(carry, new, strict=True))
 
     zero = widen(q[..., 0]) * 0  # [N, B, G, R, C], sharded and typed as q is
     acc = jnp.broadcast_to(zero[..., None], (*zero.shape, v.shape[-1]))
@@ -76,15 +76,15 @@ def _backward(options, kept, cotangents):
     # dscores = weights * (dweights - sum(dweights * weights) + dlse), and the sum is that of dy * y
     offset = jnp.sum(widen(dy) * widen(y), -1) - dlse
 
-    def step(i, j, carry):
+    def step(i, j, clear, carry):
         dq, dk, dv = carry
-        scores = _scores(options, q[i], k[j], q_at[:, i], k_at[:, j])
+        scores = _scores(options, q[i], k[j], q_at[:, i], k_at[:, j], clear)
         weights = jnp.exp(scores - lse[i][..., None])
         dweights = _dot("bgrtv,bgsv->bgrts", dy[i], v[j])
         dscores = (weights * (dweights - offset[i][..., None]) * options.scale).astype(q.dtype)
-        dv = dv.at[j].add(_dot("bgrts,bgrtv->bgsv", weights.astype(dy.dtype), dy[i]))
-        dq = dq.at[i].add(_dot("bgrts,bgsk->bgrtk", dscores, k[j]))
-        dk = dk.at[j].add(_dot("bgrts,bgrtk->bgsk", dscores, q[i]))
+        dv = _add(dv, j, _dot("bgrts,bgrtv->bgsv", weights.astype(dy.dtype), dy[i]))
+        dq = _add(dq, i, _dot("bgrts,bgsk->bgrtk", dscores, k[j]))
+        dk = _add(dk, j, _dot("bgrts,bgrtk->bgsk", dscores, q[i]))
         return dq, dk, dv
 
     zeros = tuple(widen(a) * 0 for a in (q, k, v))
@@ -96,18 +96,34 @@ _attention.defvjp(_forward, _backward)
 
 
 def _each_pair(step, options, q_at, k_at, carry):
-    """carry = step(i, j, carry) over the pairs of query block i and key block j that may see."""
-    seen = visible_blocks(q_at, k_at, options.window, options.sinks)
-    i, j = jnp.nonzero(seen, size=seen.size, fill_value=0)
-    return jax.lax.fori_loop(0, jnp.sum(seen), lambda n, c: step(i[n], j[n], c), carry)
+    """carry = step(i, j, clear, carry) over the pairs of query block i and key block j in which
+    something is visible; in a clear pair, everything is."""
+    some, every = visible_blocks(q_at, k_at, options.window, options.sinks)
+    i, j = jnp.nonzero(some, size=some.size, fill_value=0)
+    clear = every[i, j]
+    pair = lambda n, carry: step(i[n], j[n], clear[n], carry)
+    return jax.lax.fori_loop(0, jnp.sum(some), pair, carry)
 
 
-def _scores(options, q, k, q_at, k_at):
-    """[B, G, R, C, D], MASKED where the query does not see the key."""
+def _scores(options, q, k, q_at, k_at, clear):
+    """[B, G, R, C, D], MASKED where the query does not see the key; a clear pair needs no mask,
+    which on a CPU costs more than the product."""
+
+    def masked(scores):
+        (q_position, q_document), (k_position, k_document) = q_at[..., None], k_at[:, :, None]
+        sees = visible(q_position, q_document, k_position, k_document, *options[:2])
+        return jnp.where(sees[:, None, None], scores, MASKED)
+
     scores = _dot("bgrtk,bgsk->bgrts", q, k) * options.scale
-    (q_position, q_document), (k_position, k_document) = q_at[..., None], k_at[:, :, None]
-    sees = visible(q_position, q_document, k_position, k_document, options.window, options.sinks)
-    return jnp.where(sees[:, None, None], scores, MASKED)
+    return jax.lax.cond(clear, lambda scores: scores, masked, scores)
+
+
+def _put(a, i, b):
+    return jax.lax.dynamic_update_index_in_dim(a, b, i, 0)  # `a.at[i].set` checks bounds
+
+
+def _add(a, i, b):
+    return _put(a, i, a[i] + b)
 
 
 def _dot(pattern, a, b):

@@ -23,7 +23,8 @@ from seqlab.settings import STRICT, PositiveFinite
 class Config:
     """A key of each head has `nope_dim` channels out of the latent vector of `kv_rank`, and
     `rope_dim` that all heads share and that alone turn with the position; rope_base None is no
-    positions (Kimi Linear). Queries come from a latent vector of `q_rank`, if given.
+    positions (Kimi Linear). Queries come from a latent vector of `q_rank`, if given. What turns are
+    pairs of channels across halves, or, with `interleaved`, of neighbours.
 
     `bias` is that of the maps into latent vectors and of the output. scale defaults to
     (nope_dim + rope_dim) ** -0.5. A document has at most `max_length` tokens.
@@ -38,6 +39,7 @@ class Config:
     max_length: PositiveInt = 256
     rope_base: PositiveFinite | None = 10_000.0
     rope_scaling: Scaling | None = None
+    interleaved: bool = False
     norm_eps: PositiveFinite = 1e-6
     bias: bool = False
     scale: PositiveFinite | None = None
@@ -114,7 +116,11 @@ class MLA(Mixer):
 
     def _turn(self, a, position):
         c = self.config
-        return a if c.rope_base is None else rope(a, position, c.rope_base, scaling=c.rope_scaling)
+        if c.rope_base is None:
+            return a
+        if c.interleaved:  # the products of queries and keys do not mind another order
+            a = merge(heads(a, c.rope_dim // 2).swapaxes(-1, -2))
+        return rope(a, position, c.rope_base, scaling=c.rope_scaling)
 
     def _attend_heads(self, q, q_turning, latent, shared, places):
         """q [B, T, H, nope], q_turning [B, T, H, rope], latent, shared [B, S, ...] -> y by head"""

@@ -1,5 +1,6 @@
 """Llama (1 to 3.x) and what is built like it: Mistral, Qwen2 and Qwen3."""
 
+import dataclasses
 from typing import Any
 
 from seqlab.errors import ModelError
@@ -43,6 +44,57 @@ def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
 
 def rules(config: lm.Config) -> list[Rule]:
     return decoder.rules(config, lambda _: [*NORMS, *ATTENTION, *MLP])
+
+
+def describe(config: lm.Config) -> tuple[dict[str, Any], lm.Config] | None:
+    """config.json of a model that may be one of these (whether it is, its reader finds out), and
+    the model's config with every size written out."""
+    one = config.block(config.pattern[0])
+    if not isinstance(one.mixer, attention.Config) or not isinstance(one.ffn, ffn.Config):
+        return None
+    a, d = one.mixer, config.d_model
+    described = {
+        "model_type": _kind(a),
+        "vocab_size": config.vocab,
+        "hidden_size": d,
+        "intermediate_size": one.ffn.inner(d),
+        "num_hidden_layers": len(decoder.places(config)),
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads or a.heads,
+        "head_dim": a.head_dim or d // a.heads,
+        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[one.ffn.activation],
+        "max_position_embeddings": a.max_length,
+        "rms_norm_eps": config.norm.eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": a.rope_base},
+        "sliding_window": a.window,
+        "attention_bias": a.qkv_bias if a.out_bias == a.qkv_bias else None,
+        "mlp_bias": one.ffn.bias,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    fields = {name: value for name, value in described.items() if value is not None}
+    written = tuple(_written_out(block, d) for _, _, block in decoder.places(config))
+    same = dataclasses.replace(config, before=(), pattern=written, repeats=1, after=())
+    return fields, same
+
+
+def _written_out(one: block.Config, d_model: int) -> block.Config:
+    mixer, mlp = one.mixer, one.ffn
+    if isinstance(mixer, attention.Config):
+        heads = {"kv_heads": mixer.kv_heads or mixer.heads}
+        heads["head_dim"] = mixer.head_dim or d_model // mixer.heads
+        mixer = dataclasses.replace(mixer, **heads)
+    if isinstance(mlp, ffn.Config):
+        same = {"ratio": ffn.Config().ratio, "multiple_of": ffn.Config().multiple_of}
+        mlp = dataclasses.replace(mlp, width=mlp.inner(d_model), **same)
+    return dataclasses.replace(one, mixer=mixer, ffn=mlp)
+
+
+def _kind(a: attention.Config) -> str:
+    if a.qk_norm is not None:
+        return "qwen3"
+    if a.window is not None:
+        return "mistral"
+    return "qwen2" if a.qkv_bias and not a.out_bias else "llama"
 
 
 def mixer(fields: Fields, **more: Any) -> attention.Config:

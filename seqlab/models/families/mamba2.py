@@ -10,7 +10,7 @@ from seqlab.layers.mixers import mamba2
 from seqlab.models import block, decoder, lm
 from seqlab.models.families import llama
 from seqlab.models.hf_config import Fields
-from seqlab.models.rearrange import TRANSPOSE, Rule, linear, reshape, rule, split
+from seqlab.models.rearrange import TRANSPOSE, Rule, conv, linear, rule, split
 from seqlab.models.rearrange import norm as norm_rules
 
 MODEL_TYPES = ("mamba2",)
@@ -98,17 +98,10 @@ def mixer_rules(c: mamba2.Config, ours: str, theirs: str) -> list[Rule]:
     inner = c.heads * c.head_dim
     parts = split(inner, inner + 2 * c.groups * c.d_state, c.heads)
     projected = lambda part: tuple(f"{ours}.{name}.{part}" for name in ("z", "xbc", "dt"))
-    width = c.conv_width
     return [
         rule(projected("weight"), f"{theirs}.in_proj.weight", parts, TRANSPOSE),
         rule(projected("bias"), f"{theirs}.in_proj.bias", parts),
-        rule(
-            f"{ours}.conv.weight",
-            f"{theirs}.conv1d.weight",
-            reshape((-1, 1, width), (-1, width)),
-            TRANSPOSE,
-        ),
-        rule(f"{ours}.conv.bias", f"{theirs}.conv1d.bias"),
+        *conv(f"{ours}.conv", f"{theirs}.conv1d", c.conv_width),
         *(rule(f"{ours}.{name}", f"{theirs}.{name}") for name in ("A_log", "D", "dt_bias")),
         *norm_rules(f"{ours}.norm", f"{theirs}.norm"),
         *linear(f"{ours}.out", f"{theirs}.out_proj"),
