@@ -20,6 +20,10 @@ VARIANTS = {
         {"window": 12, "sinks": 2, "kv_heads": 2, "qk_norm": norm.Config(), "qkv_bias": True},
         {"qk_norm": norm.Config(), "qk_norm_over": "width", "gate": True, "rope_fraction": 0.5},
     ],
+    "delta_net": [
+        {"activation": "elu", "qk_norm": "sum", "beta": False, "gate": True, "conv_width": 0},
+    ],
+    "kda": [{"gate_bias": True, "lowest_decay": -5.0, "negative_eigenvalues": True}],
     "gla": [{"heads": 2, "conv_width": 0, "log_decay_min": -0.04, "gate": False, "chunk_size": 32}],
     "linear_attention": [
         {

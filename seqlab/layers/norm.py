@@ -83,3 +83,11 @@ class LayerNorm(nnx.Module):
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
         wide = wide.reshape(x.shape) * (self.weight[...] + self.offset)
         return (wide if self.bias is None else wide + self.bias[...]).astype(x.dtype)
+
+
+def unit_length(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x [..., D] / sqrt(sum(x^2) + eps), in the dtype of x."""
+    wide = widen(x)
+    return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), -1, keepdims=True) + eps)).astype(
+        x.dtype
+    )

@@ -14,6 +14,7 @@ from seqlab.errors import ModelError
 from seqlab.models import lm
 from seqlab.models.parameters import axes, decays, parameters
 from seqlab.models.rearrange import Rule
+from seqlab.models.tensors import shown
 from seqlab.parallel.mesh import weight_sharding
 
 #: What files hold besides weights, and every model computes for itself.
@@ -88,8 +89,9 @@ def _compare_names(path, rules, tensors, ignored) -> None:
     passed = re.compile("|".join(f"({pattern})" for pattern in (*BUFFERS, *ignored)))
     missing = [name for name in known if name not in tensors]
     unused = [name for name in tensors.keys() - set(known) if not passed.fullmatch(name)]
+    more = lambda names: ", ..." if len(names) > LISTED else ""
     if missing or unused:
-        say = lambda names: ", ".join(sorted(names)[:LISTED]) + ", ..." * (len(names) > LISTED)
+        say = lambda names: ", ".join(map(shown, sorted(names)[:LISTED])) + more(names)
         parts = [f"lacks {len(missing)} tensors ({say(missing)})"] * bool(missing)
         parts += [f"has {len(unused)} that have no place ({say(unused)})"] * bool(unused)
         raise ModelError(
