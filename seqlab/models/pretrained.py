@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import pkgutil
+import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -58,7 +59,7 @@ def load(path: str | os.PathLike, *, max_length: int | None = None) -> lm.LM:
     fields, raw = hf_config.read(path)
     fields.max_length = max_length
     family = family_of(fields.get("model_type"), path)
-    held = _untied(_unwrapped(tensors.read(path)), fields, family, path)
+    held = _untied(_unwrapped(tensors.read(path), family), fields, family, path)
     config = config_of(family, fields, held, path / hf_config.CONFIG)
     config = dataclasses.replace(config, published=json.dumps(raw))
     skeleton = config.skeleton()
@@ -77,13 +78,17 @@ def family_of(kind: Any, where: object) -> ModuleType:
     return known[kind]
 
 
-def _unwrapped(held: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors by the names they have in a model of text alone."""
+def _unwrapped(held: Mapping[str, np.ndarray], family: ModuleType) -> dict[str, np.ndarray]:
+    """Tensors by the names they have in a model of text alone, and by one of several spellings."""
+    aliases = getattr(family, "ALIASES", ())
 
     def plain(name: str) -> str:
         for wrapped, own in WRAPPED:
             if name.startswith(wrapped):
-                return own + name.removeprefix(wrapped)
+                name = own + name.removeprefix(wrapped)
+                break
+        for theirs, known in aliases:
+            name = re.sub(theirs, known, name)
         return name
 
     return {plain(name): array for name, array in held.items()}
