@@ -112,7 +112,7 @@ def test_mixer_has_the_property(case, prove):
             "head_dim heads d_state groups expand conv_width dt_min dt_max norm_eps chunk_size",
         ),
         ("slstm", "heads conv_width depth"),
-        ("mamba", "d_state expand conv_width dt_rank dt_min dt_max norm_eps chunk_size"),
+        ("mamba", "d_state expand width conv_width dt_rank dt_min dt_max norm_eps chunk_size"),
         ("rg_lru", "width heads conv_width c gate_scale"),
         ("s5", "d_state blocks dt_min dt_max"),
         ("aaren", "heads"),

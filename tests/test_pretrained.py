@@ -177,8 +177,9 @@ UP, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({n: a for n, a in llama().items() if n != UP}, f"lacks 1 tensors .{UP}.: it is not"),
-        ({**llama(), "odd": np.ones(2, "f4")}, "has 1 that have no place .odd."),
+        ({n: a for n, a in llama().items() if n != UP}, f"lacks 1 tensors .'{UP}'.: it is not"),
+        ({**llama(), "odd": np.ones(2, "f4")}, "has 1 that have no place .'odd'."),
+        ({**llama(), "a\n" * 99: np.ones(2, "f4")}, r"no place .'(a\\n)+a?\.\.\.'."),
         ({**llama(), UP: llama()[UP][:-1]}, rf"{UP} of shape \[23, 16\] does not become"),
         ({**llama(), UP: llama()[UP].ravel()}, rf"{UP} of shape \[384\] does not become"),
         ({**llama(), UP: llama()[UP].astype("i1")}, f"{UP} is int8, and weights are float32"),

@@ -1,10 +1,14 @@
 """Mamba, FalconMamba, Jamba, RecurrentGemma, LFM2 and RWKV-4 are what transformers computes, to
 the bit when they are exported."""
 
+import json
+
 import pytest
 import transformers
 
-from tests.hf_models import TINY, hold
+import seqlab
+from seqlab.errors import ModelError
+from tests.hf_models import TINY, build, hold
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
 MAMBA = {**SMALL, "state_size": 8, "conv_kernel": 3}
@@ -19,7 +23,9 @@ CASES = {
         use_conv_bias=False,
         tie_word_embeddings=False,
     ),
-    "falcon_mamba": lambda: transformers.FalconMambaConfig(**MAMBA, mixer_rms_eps=1e-3),
+    "falcon_mamba": lambda: transformers.FalconMambaConfig(
+        **MAMBA, mixer_rms_eps=1e-3, expand=16, intermediate_size=48
+    ),
     "jamba": lambda: transformers.JambaConfig(
         **TINY | {"num_hidden_layers": 4},
         attn_layer_period=4,
@@ -54,3 +60,19 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_these_families_are_those_of_transformers(name, tmp_path):
     hold(CASES[name](), tmp_path)
+
+
+def test_an_activation_that_the_mixer_lacks_is_refused_by_name(tmp_path):
+    build(transformers.MambaConfig(**MAMBA, hidden_act="gelu"), tmp_path / "gelu")
+    with pytest.raises(ModelError, match="hidden_act='gelu'"):
+        seqlab.load(tmp_path / "gelu")
+
+
+def test_block_types_that_are_not_known_are_refused_by_name(tmp_path):
+    gemma = CASES["recurrent_gemma"]()
+    build(gemma, tmp_path / "gemma")
+    config = tmp_path / "gemma" / "config.json"
+    fields = json.loads(config.read_text("utf-8"))
+    config.write_text(json.dumps(fields | {"block_types": ["recurrent", "memory"]}), "utf-8")
+    with pytest.raises(ModelError, match="memory"):
+        seqlab.load(tmp_path / "gemma")

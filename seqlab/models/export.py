@@ -80,7 +80,10 @@ def published(model: lm.LM) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _expressed(
     model: lm.LM, family: ModuleType, raw: dict[str, Any], config: lm.Config
 ) -> dict[str, np.ndarray] | None:
-    """The tensors of a model that `raw` describes; None where it does not describe `config`."""
+    """The tensors of a model that `raw` describes; None where it does not describe `config`.
+
+    Raises Drifted, for there the config is not what stands in the way.
+    """
     theirs = translate.exported(family.rules(model.config), parameters(model))
     again = config_of(family, hf_config.normalised(raw), theirs, "The model")
     return theirs if _essence(again) == _essence(config) else None

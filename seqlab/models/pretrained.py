@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import pkgutil
-import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -59,12 +58,18 @@ def load(path: str | os.PathLike, *, max_length: int | None = None) -> lm.LM:
     fields, raw = hf_config.read(path)
     fields.max_length = max_length
     family = family_of(fields.get("model_type"), path)
-    held = _untied(_unwrapped(tensors.read(path), family), fields, family, path)
+    held = _untied(read(path, family), fields, family, path)
     config = config_of(family, fields, held, path / hf_config.CONFIG)
     config = dataclasses.replace(config, published=json.dumps(raw))
     skeleton = config.skeleton()
     ignored = getattr(family, "IGNORED", ())
     return bind(skeleton, translate.imported(path, skeleton, family.rules(config), held, ignored))
+
+
+def read(path: pathlib.Path, family: ModuleType) -> dict[str, np.ndarray]:
+    """The tensors of a folder, by the names under which the family publishes them."""
+    respelled = getattr(family, "respelled", dict)
+    return respelled(_unwrapped(tensors.read(path)))
 
 
 def family_of(kind: Any, where: object) -> ModuleType:
@@ -78,17 +83,13 @@ def family_of(kind: Any, where: object) -> ModuleType:
     return known[kind]
 
 
-def _unwrapped(held: Mapping[str, np.ndarray], family: ModuleType) -> dict[str, np.ndarray]:
-    """Tensors by the names they have in a model of text alone, and by one of several spellings."""
-    aliases = getattr(family, "ALIASES", ())
+def _unwrapped(held: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors by the names they have in a model of text alone."""
 
     def plain(name: str) -> str:
         for wrapped, own in WRAPPED:
             if name.startswith(wrapped):
-                name = own + name.removeprefix(wrapped)
-                break
-        for theirs, known in aliases:
-            name = re.sub(theirs, known, name)
+                return own + name.removeprefix(wrapped)
         return name
 
     return {plain(name): array for name, array in held.items()}

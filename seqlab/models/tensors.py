@@ -75,9 +75,9 @@ def mapped(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
     for begin, stop, name, dtype, shape in sorted(_entries(path, header)):
         if begin != end or stop > size - start:
-            raise _damaged(path, f"{_shown(name)} overlaps another, leaves a gap, or is cut off")
+            raise _damaged(path, f"{shown(name)} overlaps another, leaves a gap, or is cut off")
         if stop - begin != math.prod(shape) * dtype.itemsize:
-            raise _damaged(path, f"{_shown(name)} has {stop - begin} bytes for {dtype}{shape}")
+            raise _damaged(path, f"{shown(name)} has {stop - begin} bytes for {dtype}{shape}")
         yield name, data[start + begin : start + stop].view(dtype).reshape(shape)
         end = stop
     if end != size - start:
@@ -102,7 +102,7 @@ def _sharded(folder: pathlib.Path) -> dict[str, np.ndarray]:
     for file in files:
         if not (folder / file).is_file():
             raise CheckpointError(
-                f"{folder} lacks {_shown(file)}, which its index names: get the rest of the model."
+                f"{folder} lacks {shown(file)}, which its index names: get the rest of the model."
             )
         for name, array in mapped(folder / file):
             tensors[name] = array
@@ -111,7 +111,7 @@ def _sharded(folder: pathlib.Path) -> dict[str, np.ndarray]:
     if wrong:
         raise CheckpointError(
             f"{folder / INDEX} does not say what is in the shards, first about "
-            f"{_shown(wrong[0][0])}: they are of two models."
+            f"{shown(wrong[0][0])}: they are of two models."
         )
     return tensors
 
@@ -142,7 +142,7 @@ def _entries(path: pathlib.Path, header: dict) -> Iterator[tuple[int, int, str, 
         except (TypeError, ValueError, KeyError):
             whole = False
         if not whole or len(shape) > 16:
-            raise _damaged(path, f"it does not describe {_shown(name)} in a way known here")
+            raise _damaged(path, f"it does not describe {shown(name)} in a way known here")
         yield begin, stop, name, dtype, shape
 
 
@@ -175,7 +175,7 @@ def _bytes(array: Any) -> int:
     return array.size * array.dtype.itemsize
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A name from a file, fit for a message: on one line, and not too long."""
     return repr(name if len(name) <= 80 else name[:77] + "...")
 

@@ -14,6 +14,7 @@ from seqlab.errors import ModelError
 from seqlab.models import lm
 from seqlab.models.parameters import axes, decays, parameters
 from seqlab.models.rearrange import Rule
+from seqlab.models.tensors import shown
 from seqlab.parallel.mesh import weight_sharding
 
 #: What files hold besides weights, and every model computes for itself.
@@ -23,6 +24,10 @@ BUFFERS = (
 )
 WIDTHS = ("float32", "bfloat16", "float16")
 LISTED = 20  # names in one message
+
+
+class Drifted(ModelError):
+    """Weights that are one tensor in a family's files have come to differ."""
 
 
 def imported(
@@ -50,15 +55,15 @@ def imported(
 
 
 def exported(rules: Iterable[Rule], weights: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Their tensors, by name, of all our weights; raises ModelError where several of ours are one
-    of theirs and are not the same."""
+    """Their tensors, by name, of all our weights; raises Drifted where several of ours are one of
+    theirs and are not the same."""
     theirs: dict[str, np.ndarray] = {}
     for rule in _applicable(rules, weights):
         arrays = [np.asarray(weights[name]) for name in rule.ours]
         arrays = arrays if rule.repeat is None else [a[rule.repeat] for a in arrays]
         for name, array in zip(rule.theirs, rule.write(arrays), strict=True):
             if name in theirs and not np.array_equal(theirs[name], array):
-                raise ModelError(
+                raise Drifted(
                     f"Layers that share {name} in this family differ in it by now: such a model "
                     "cannot be exported, so save it with seqlab.save."
                 )
@@ -88,8 +93,9 @@ def _compare_names(path, rules, tensors, ignored) -> None:
     passed = re.compile("|".join(f"({pattern})" for pattern in (*BUFFERS, *ignored)))
     missing = [name for name in known if name not in tensors]
     unused = [name for name in tensors.keys() - set(known) if not passed.fullmatch(name)]
+    more = lambda names: ", ..." if len(names) > LISTED else ""
     if missing or unused:
-        say = lambda names: ", ".join(sorted(names)[:LISTED]) + ", ..." * (len(names) > LISTED)
+        say = lambda names: ", ".join(map(shown, sorted(names)[:LISTED])) + more(names)
         parts = [f"lacks {len(missing)} tensors ({say(missing)})"] * bool(missing)
         parts += [f"has {len(unused)} that have no place ({say(unused)})"] * bool(unused)
         raise ModelError(

@@ -21,10 +21,11 @@ from seqlab.settings import STRICT, PositiveFinite
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
-    """`expand` * d_model channels of `d_state` states each."""
+    """`width` channels, by default `expand` * d_model, of `d_state` states each."""
 
     d_state: PositiveInt = 16
     expand: PositiveFinite = 2.0
+    width: PositiveInt | None = None
     conv_width: PositiveInt = 4
     conv_bias: bool = True
     bias: bool = False  # of the projections in and out
@@ -37,9 +38,12 @@ class Config:
     implementation: str | None = None
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Mamba":
-        if int(self.expand * d_model) < 1:
+        if self.inner(d_model) < 1:
             raise ConfigError(f"mamba: expand = {self.expand} leaves no channel: make it larger.")
         return Mamba(self, d_model, rngs=rngs)
+
+    def inner(self, d_model: int) -> int:
+        return self.width or int(self.expand * d_model)
 
 
 class State(NamedTuple):
@@ -56,7 +60,7 @@ class Mamba(Mixer):
 
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         c = self.config = config
-        self.inner = E = int(c.expand * d_model)
+        self.inner = E = c.inner(d_model)
         self.rank = R = c.dt_rank or math.ceil(d_model / 16)
         self.u = Linear(d_model, E, ("embed", "heads"), bias=c.bias, rngs=rngs)
         self.z = Linear(d_model, E, ("embed", "heads"), bias=c.bias, rngs=rngs)

@@ -8,5 +8,7 @@ A file defines
     describe(config)            optional: the fields of config.json of a model that was not read
                                 from one, and its config with every size written out; or None
     TIED                        optional: the names of embedding and head, if not the usual ones
+    respelled(tensors)          optional: tensors by their published names, where transformers saves
+                                them under others
     IGNORED                     optional: patterns of names of tensors that are not of the model
 """

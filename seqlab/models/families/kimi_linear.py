@@ -1,113 +1,109 @@
-"""Kimi Linear: layers of Kimi Delta Attention, some of latent attention without positions."""
+"""Kimi Linear: Kimi Delta Attention, latent attention without positions, experts."""
 
-from collections.abc import Sequence
+import re
+from typing import Any
 
 from seqlab.layers import moe, norm
-from seqlab.layers.mixers import kda, mla
+from seqlab.layers.mixers import kda
 from seqlab.models import block, decoder, lm
 from seqlab.models.families import deepseek_v3, llama
+from seqlab.models.families.olmo_hybrid import qkv_rules
 from seqlab.models.hf_config import Fields
-from seqlab.models.rearrange import TRANSPOSE, Rule, join, linear, reshape, rule, transpose
+from seqlab.models.rearrange import Rule, linear, reshape, rule
 from seqlab.models.rearrange import norm as norm_rules
 
 MODEL_TYPES = ("kimi_linear",)
 
-#: Fields by the names of the original files, and what transformers calls them in memory.
-RENAMED = {
+#: Names of the first files -> those of today.
+OLDER = {
+    "model_max_length": "max_position_embeddings",
+    "moe_renormalize": "norm_topk_prob",
+    "num_expert_group": "n_group",
     "num_experts": "n_routed_experts",
+    "num_local_experts": "n_routed_experts",
     "num_experts_per_token": "num_experts_per_tok",
     "num_shared_experts": "n_shared_experts",
-    "num_expert_group": "n_group",
-    "moe_renormalize": "norm_topk_prob",
-    "model_max_length": "max_position_embeddings",
 }
-#: The original files' names of what stands in files that transformers wrote under one prefix.
-ALIASES = ((r"\.mlp\.", ".block_sparse_moe."),)
-EXPERTS = {"gate": "w1", "up": "w3", "down": "w2"}
+EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
-    fields = _normalised(fields)
+    longest = fields.max_length
+    fields = Fields({OLDER.get(name, name): value for name, value in fields.items()})
+    fields.max_length = longest
     norms = norm.Config(eps=fields["rms_norm_eps"])
-    attends = deepseek_v3.mixer(fields, rope_base=None, norm_eps=1e-6)
-    recurrent = kda.Config(
-        heads=fields["linear_num_heads"],
-        key_dim=fields["linear_head_dim"],
-        value_dim=fields["linear_head_dim"],
-        rank=fields["linear_head_dim"],
-        conv_width=fields["linear_conv_kernel_dim"],
-        norm_eps=norms.eps,
-    )
+    kinds = {
+        "linear_attention": _mixer(fields),
+        "full_attention": deepseek_v3.mixer(fields, rope_base=None),
+    }
+    n = decoder.depth(fields, tensors)
+    layers, sparse = _layers(fields, n), _sparse(fields, n)
     layer = lambda n: block.Config(
-        mixer=attends if fields["layer_types"][n] == "full_attention" else recurrent,
-        ffn=deepseek_v3.experts(fields) if _sparse(fields, n) else llama.mlp(fields),
+        mixer=kinds[layers[n]],
+        ffn=deepseek_v3.experts(fields) if sparse[n] else llama.mlp(fields),
         join=block.Join(norm=norms),
     )
     return decoder.config(fields, tensors, layer, norm=norms)
 
 
-def _normalised(fields: Fields) -> Fields:
-    """The original files' fields, by the names that transformers has for them."""
-    renamed = {RENAMED.get(name, name): value for name, value in fields.items()}
-    nested = fields.get("linear_attn_config") or {}
-    names = {
-        "head_dim": "linear_head_dim",
-        "num_heads": "linear_num_heads",
-        "short_conv_kernel_size": "linear_conv_kernel_dim",
-    }
-    renamed |= {names[name]: value for name, value in nested.items() if name in names}
-    if "layer_types" not in renamed and "full_attn_layers" in nested:
-        full = nested["full_attn_layers"]  # counted from 1
-        kinds = ("linear_attention", "full_attention")
-        renamed["layer_types"] = [kinds[n + 1 in full] for n in range(fields["num_hidden_layers"])]
-    normalised = Fields(renamed)
-    normalised.max_length = fields.max_length
-    return normalised
+def _mixer(fields: Fields) -> kda.Config:
+    nested = fields.get("linear_attn_config", {})
+    head_dim = nested.get("head_dim") or fields["linear_head_dim"]
+    return kda.Config(
+        heads=nested.get("num_heads") or fields["linear_num_heads"],
+        key_dim=head_dim,
+        value_dim=head_dim,
+        rank=head_dim,
+        conv_width=nested.get("short_conv_kernel_size") or fields.get("linear_conv_kernel_dim", 4),
+        norm_eps=fields["rms_norm_eps"],
+    )
 
 
-def _sparse(fields: Fields, n: int) -> bool:
-    """Whether the channel mixer of layer n is a mixture of experts."""
-    kinds = fields.get("mlp_layer_types")
-    return n >= fields.get("first_k_dense_replace", 1) if kinds is None else kinds[n] == "sparse"
+def _layers(fields: Fields, n: int) -> list[str]:
+    nested = fields.get("linear_attn_config", {})
+    if "layer_types" in fields:
+        return fields["layer_types"]
+    full = set(nested.get("full_attn_layers", range(5, n + 1, 4)))  # counted from 1
+    return ["full_attention" if i + 1 in full else "linear_attention" for i in range(n)]
+
+
+def _sparse(fields: Fields, n: int) -> list[bool]:
+    dense = fields.get("first_k_dense_replace", 1)
+    kinds = fields.get("mlp_layer_types", ["dense"] * dense + ["sparse"] * (n - dense))
+    return [kind == "sparse" for kind in kinds]
+
+
+def respelled(tensors: decoder.Tensors) -> dict[str, Any]:
+    """transformers saves the perceptron of a layer without experts as if it had some."""
+    dense = re.compile(r"(.*)\.block_sparse_moe\.((?:gate|up|down)_proj\..*)")
+    return {dense.sub(r"\1.mlp.\2", name): tensor for name, tensor in tensors.items()}
 
 
 def rules(config: lm.Config) -> list[Rule]:
     return decoder.rules(config, _layer)
 
 
-def _layer(block: block.Config) -> Sequence[Rule]:
-    if isinstance(block.ffn, moe.Config):
-        channels = deepseek_v3.expert_rules(block.ffn, "block_sparse_moe", EXPERTS)
-    else:
-        channels = DENSE
-    if isinstance(block.mixer, mla.Config):
-        mixer = deepseek_v3.mixer_rules(block.mixer, "self_attn")
-    else:
-        mixer = _recurrent(block.mixer)
-    return [*llama.NORMS, *mixer, *channels]
+def _layer(block: Any) -> list[Rule]:
+    c = block.mixer
+    recurrent = isinstance(c, kda.Config)
+    mixer = _mixer_rules(c) if recurrent else deepseek_v3.mixer_rules(c, "self_attn")
+    if not isinstance(block.ffn, moe.Config):
+        return [*llama.NORMS, *mixer, *llama.MLP]
+    experts = deepseek_v3.expert_rules(block.ffn, "block_sparse_moe", EXPERT)
+    return [*llama.NORMS, *mixer, *experts]
 
 
-def _recurrent(c: kda.Config) -> list[Rule]:
-    side_by_side = join(*(c.heads * d for d in (c.key_dim, c.key_dim, c.value_dim)), axis=1)
-    each = lambda what: [f"self_attn.{name}_{what}.weight" for name in "qkv"]
-    taps = transpose(2, 1, 0), reshape((c.conv_width, 1, -1), (c.conv_width, -1))
+def _mixer_rules(c: kda.Config) -> list[Rule]:
+    widths = (c.heads * c.key_dim,) * 2 + (c.heads * c.value_dim,)
     return [
-        rule("mixer.qkv.weight", each("proj"), TRANSPOSE, side_by_side),
-        rule("mixer.conv.weight", each("conv1d"), *taps, side_by_side),
-        rule("mixer.A_log", "self_attn.A_log", reshape((1, 1, -1, 1), (-1,))),
-        rule("mixer.dt_bias", "self_attn.dt_bias"),
+        *qkv_rules("self_attn", widths, c.conv_width),
+        *linear("mixer.beta", "self_attn.b_proj"),
         *linear("mixer.decay_down", "self_attn.f_a_proj"),
         *linear("mixer.decay_up", "self_attn.f_b_proj"),
-        *linear("mixer.beta", "self_attn.b_proj"),
+        rule("mixer.A_log", "self_attn.A_log", reshape((1, 1, -1, 1), (-1,))),
+        rule("mixer.dt_bias", "self_attn.dt_bias"),
         *linear("mixer.gate_down", "self_attn.g_a_proj"),
         *linear("mixer.gate_up", "self_attn.g_b_proj"),
         *norm_rules("mixer.norm", "self_attn.o_norm"),
         *linear("mixer.out", "self_attn.o_proj"),
     ]
-
-
-DENSE = [
-    *linear("ffn.gate", "block_sparse_moe.gate_proj"),
-    *linear("ffn.up", "block_sparse_moe.up_proj"),
-    *linear("ffn.down", "block_sparse_moe.down_proj"),
-]

@@ -25,7 +25,7 @@ def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
     falcon = fields["model_type"] == "falcon_mamba"
     mixer = mamba.Config(
         d_state=fields["state_size"],
-        expand=fields.get("expand", 2),
+        width=fields.get("intermediate_size", fields.get("expand", 2) * fields["hidden_size"]),
         conv_width=fields["conv_kernel"],
         conv_bias=fields.get("use_conv_bias", True),
         bias=fields.get("use_bias", False),
@@ -47,7 +47,7 @@ def rules(config: lm.Config) -> list[Rule]:
 
 def mixer_rules(c: mamba.Config, d_model: int, ours: str, theirs: str) -> list[Rule]:
     """in_proj has the rows [u | z], x_proj [r | b | c]."""
-    inner = int(c.expand * d_model)
+    inner = c.inner(d_model)
     both = lambda part: tuple(f"{ours}.{name}.{part}" for name in "uz")
     return [
         rule(both("weight"), f"{theirs}.in_proj.weight", split(inner, inner), TRANSPOSE),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqlab.layers import moe, norm
+from seqlab.layers import ffn, moe, norm
 from seqlab.layers.mixers import attention
 from seqlab.layers.mixers import gated_delta_net as mixers
 from seqlab.models import block, decoder, lm
@@ -60,13 +60,14 @@ def _sparse(fields: Fields, n: int) -> bool:
 
 
 def _experts(fields: Fields) -> moe.Config:
+    act = llama.activation(fields)
     return moe.Config(
         experts=fields["num_experts"],
         top_k=fields["num_experts_per_tok"],
         width=fields["moe_intermediate_size"],
-        activation=llama.activation(fields),
+        activation=act,
         normalize=fields.get("norm_topk_prob", True),
-        shared=llama.mlp(fields, width=fields["shared_expert_intermediate_size"]),
+        shared=ffn.Config(width=fields["shared_expert_intermediate_size"], activation=act),
         shared_gate=True,
     )
 
