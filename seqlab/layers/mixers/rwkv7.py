@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from seqlab.errors import ConfigError
 from seqlab.kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
 from seqlab.kernels.precision import widen
-from seqlab.layers.linear import Linear, heads, merge
+from seqlab.layers.linear import Bottleneck, Linear, heads, merge
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.norm import LayerNorm
 from seqlab.layers.token_shift import previous
@@ -77,12 +77,12 @@ class RWKV7(Mixer):
         power = jnp.array([0.2, 0.9, 0.7, 0.7, 0.9, 0.2])[:, None] * rho  # of SEEN
         self.mu = nnx.Param(1 - (n / D) ** power, axes=(None, None), decay=False)
         start = -5.5 + 6 * place ** (1 + r**0.3) + 2.5 * zigzag
-        self.decay = _Bottleneck(D, c.decay_rank or _rank(2.5, D), start, rngs=rngs)
+        self.decay = Bottleneck(D, c.decay_rank or _rank(2.5, D), start, rngs=rngs)
         start = -0.19 + 0.3 * zigzag + 0.4 * line
-        self.rate = _Bottleneck(D, c.rate_rank or _rank(2.5, D), start, rngs=rngs)
+        self.rate = Bottleneck(D, c.rate_rank or _rank(2.5, D), start, rngs=rngs)
         rank, start = c.value_rank or _rank(1.7, D), 0.73 - 0.4 * line
-        self.value = None if c.first else _Bottleneck(D, rank, start, rngs=rngs)
-        self.gate = _Bottleneck(D, c.gate_rank or _rank(5.0, D), None, rngs=rngs)
+        self.value = None if c.first else Bottleneck(D, rank, start, rngs=rngs)
+        self.gate = Bottleneck(D, c.gate_rank or _rank(5.0, D), None, rngs=rngs)
         linear = lambda std: Linear(D, D, ("embed", "heads"), std=std * (3 * D) ** -0.5, rngs=rngs)
         self.r, self.k, self.v = linear(0.5), linear(0.05), linear(0.5)
         self.removal = nnx.Param(0.71 - 0.1 * line, axes=("heads",))
@@ -130,20 +130,6 @@ class RWKV7(Mixer):
         y = self.norm(merge(y)) + merge(bonus * v)
         y *= self.gate(see["g"], jax.nn.sigmoid)
         return self.out(y), State(last, memory), shared
-
-
-class _Bottleneck(nnx.Module):
-    """act(x W_down) W_up + bias; W_down starts at zero: at first there is the bias alone."""
-
-    def __init__(self, d: int, rank: int, bias, *, rngs: nnx.Rngs):
-        self.down = Linear(d, rank, ("embed", None), std=0.0, rngs=rngs)
-        up = jax.nn.initializers.orthogonal(0.1)(rngs.params(), (rank, d), jnp.float32)
-        self.up = nnx.Param(up, axes=(None, "heads"))
-        self.bias = None if bias is None else nnx.Param(bias, axes=("heads",))
-
-    def __call__(self, x, activation=lambda x: x):
-        y = activation(self.down(x)) @ self.up[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 def _depth(c: Config) -> float:

@@ -77,7 +77,7 @@ def rules(config: lm.Config) -> list[Rule]:
     return decoder.rules(config, lambda block: _layer(block, config.d_model, fused))
 
 
-def _layer(block: block.Config, d_model: int, fused: bool) -> list[Rule]:
+def _layer(block: Any, d_model: int, fused: bool) -> list[Rule]:
     channels = _expert_rules(block.ffn) if isinstance(block.ffn, moe.Config) else llama.MLP
     if isinstance(block.mixer, attention.Config):
         return [*llama.NORMS, *_attention(block.mixer, d_model), *channels]
