@@ -21,7 +21,27 @@ KIMI = TINY | {
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }
 
+QWEN = TINY | {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+
 CASES = {
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(**QWEN, **EXPERTS, mlp_only_layers=[1]),
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**QWEN),
+    "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(
+        **{name: size for name, size in QWEN.items() if name != "intermediate_size"}, **EXPERTS
+    ),
     "olmo_hybrid": lambda: transformers.OlmoHybridConfig(
         **TINY | {"num_hidden_layers": 4},
         linear_num_key_heads=2,

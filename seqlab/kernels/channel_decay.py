@@ -73,26 +73,26 @@ class ChannelDecay:
     def read(self, x, S):
         """S^T x_i, decayed from the chunk's start"""
         few = lambda a: a.astype(x.dtype)
-        return dot("bhik,bhrkv->bhriv", few(x * self.start), few(S))
+        return dot("bhik,bhkv->bhiv", few(x * self.start), few(S[:, :, 0]))[:, :, None]
 
     def read_gradient(self, x, S, d):
         """Cotangents of rows and state, and what the decays of reads act on."""
-        few = lambda a: a.astype(x.dtype)
-        dx = self.start * dot("bhriv,bhrkv->bhik", few(d), few(S))
-        dS = dot("bhik,bhriv->bhrkv", few(x * self.start), few(d))
-        return dx, dS, self._gate(x * dx)
+        few, d, S = lambda a: a.astype(x.dtype), d[:, :, 0], S[:, :, 0]
+        dx = self.start * dot("bhiv,bhkv->bhik", few(d), few(S))
+        dS = dot("bhik,bhiv->bhkv", few(x * self.start), few(d))
+        return dx, dS[:, :, None], self._gate(x * dx)
 
     def write(self, y, v):
         """sum_j y_j v_j^T, decayed to the chunk's end"""
         few = lambda a: a.astype(y.dtype)
-        return dot("bhjk,bhrjv->bhrkv", few(y * self.end), few(v))
+        return dot("bhjk,bhjv->bhkv", few(y * self.end), few(v[:, :, 0]))[:, :, None]
 
     def write_gradient(self, y, v, D):
         """Cotangents of columns and values, and what the decays of writes act on."""
-        few = lambda a: a.astype(y.dtype)
-        dy = self.end * dot("bhrjv,bhrkv->bhjk", few(v), few(D))
-        dv = dot("bhjk,bhrkv->bhrjv", few(y * self.end), few(D))
-        return dy, dv, self._gate(y * dy)
+        few, v, D = lambda a: a.astype(y.dtype), v[:, :, 0], D[:, :, 0]
+        dy = self.end * dot("bhjv,bhkv->bhjk", few(v), few(D))
+        dv = dot("bhjk,bhkv->bhjv", few(y * self.end), few(D))
+        return dy, dv[:, :, None], self._gate(y * dy)
 
     def log_decay_gradient(self, pairs, writes, S, D):
         """The cotangent of the log decays [B, C, H, K], for the state S that enters and the

@@ -60,6 +60,23 @@ class HeadwiseLinear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+class Bottleneck(nnx.Module):
+    """x [..., D] -> act(x W_down) W_up + bias [..., D], through `rank` channels, as in RWKV-7.
+
+    W_down starts at zero, so at first there is the bias alone, and W_up orthogonal.
+    """
+
+    def __init__(self, d: int, rank: int, bias: jax.Array | None, *, rngs: nnx.Rngs):
+        self.down = Linear(d, rank, ("embed", None), std=0.0, rngs=rngs)
+        up = jax.nn.initializers.orthogonal(0.1)(rngs.params(), (rank, d), jnp.float32)
+        self.up = nnx.Param(up, axes=(None, "heads"))
+        self.bias = None if bias is None else nnx.Param(bias, axes=("heads",))
+
+    def __call__(self, x: jax.Array, activation=lambda h: h) -> jax.Array:
+        y = activation(self.down(x)) @ self.up[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
 def heads(x: jax.Array, n: int) -> jax.Array:
     """[B, T, n * d] -> [B, T, n, d]"""
     return x.reshape(*x.shape[:-1], n, -1)

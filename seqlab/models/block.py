@@ -149,7 +149,7 @@ def _times(x: jax.Array, gain: float) -> jax.Array:
 def _from_plain(value: Any) -> Any:
     if isinstance(value, Config):
         return value
-    if isinstance(value, Mapping) and not isinstance(value.get("mixer"), str):
+    if isinstance(value, Mapping) and isinstance(value.get("mixer"), Mapping | None):
         return settings.read(Config, value, where="block")
     return registry.from_plain(value)
 

@@ -105,6 +105,14 @@ def stack(n: int) -> Step:
     )
 
 
+def first(n: int, step: Step) -> Step:
+    """`step` for the first n of theirs, which become one of ours; those behind stay."""
+    return Step(
+        lambda arrays: [*step.ours(arrays[:n]), *arrays[n:]],
+        lambda arrays: [*step.theirs(arrays[:1]), *arrays[1:]],
+    )
+
+
 def copies(n: int) -> Step:
     """One of theirs is n of ours, all the same."""
     return Step(lambda arrays: [*arrays] * n, _one)

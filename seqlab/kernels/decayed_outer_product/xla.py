@@ -12,23 +12,24 @@ Within a chunk, with G the inclusive cumulative log decay, Gamma its last row an
     dv = A^T dy + (k e^(Gamma - G)) D              D_prev = e^Gamma D + (q e^G)^T dy
     a log decay collects q dq - k dk of later tokens, k dk of earlier ones that reach S', and D S
 
-How A and its two products are formed depends on the decay: see `per_head` and `per_channel`.
+How scores, reads and writes are formed depends on the decay: see `HeadDecay` and `ChannelDecay`.
 """
 
 import jax
 import jax.numpy as jnp
 
 from seqlab.kernels import chunk_scan
+from seqlab.kernels.channel_decay import ChannelDecay
 from seqlab.kernels.decay import chunk_length
-from seqlab.kernels.decayed_outer_product import per_channel, per_head
-from seqlab.kernels.precision import widen
+from seqlab.kernels.head_decay import HeadDecay
+from seqlab.kernels.precision import dot, widen
 from seqlab.parallel.transitions import Diagonal
 
 
 def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(_kind(log_decay), tokens, state, chunk_length(q, chunk_size))
+    y, state = chunk_scan.scan_chunks(_OuterProduct, tokens, state, chunk_length(q, chunk_size))
     return read(y, v, normaliser), state
 
 
@@ -37,7 +38,7 @@ def transition(
 ) -> Diagonal:
     """What these tokens do to the state that enters them."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    return chunk_scan.transition(_kind(log_decay), tokens, chunk_length(q, chunk_size))
+    return chunk_scan.transition(_OuterProduct, tokens, chunk_length(q, chunk_size))
 
 
 def written(v: jax.Array, normaliser: bool) -> jax.Array:
@@ -52,5 +53,49 @@ def read(y: jax.Array, v: jax.Array, normaliser: bool):
     return y[..., :-1].astype(v.dtype), y[..., -1]
 
 
-def _kind(log_decay):
-    return per_head if log_decay.shape[-1] == 1 else per_channel
+class _OuterProduct:
+    """One chunk: q, k [B, C, G, K], v [B, C, H, V], log_decay [B, C, H, 1 or K], S [B, H, K, V]."""
+
+    @staticmethod
+    def forward(q, k, v, log_decay, reset, S):
+        c = _Chunk(q, k, v, log_decay, reset)
+        S = c.decay.state(S)
+        y = c.decay.read(c.q, S) + dot("bgrij,bgrjv->bgriv", c.A.astype(v.dtype), c.v)
+        S = c.decay.whole * S + c.decay.write(c.k, c.v)
+        return c.decay.of_values(y), c.decay.of_state(S)
+
+    @staticmethod
+    def transition(q, k, v, log_decay, reset) -> Diagonal:
+        c = _Chunk(q, k, v, log_decay, reset)
+        return Diagonal(c.decay.of_state(c.decay.whole), c.decay.of_state(c.decay.write(c.k, c.v)))
+
+    @staticmethod
+    def backward(q, k, v, log_decay, reset, S, dy, D):
+        """Cotangents of q, k, v, log_decay and S from those of y and the next state."""
+        c = _Chunk(q, k, v, log_decay, reset)
+        S, D = c.decay.state(S), c.decay.state(D)
+        dy = c.decay.values(dy)
+        few = dy.astype(v.dtype)
+        dA = dot("bgriv,bgrjv->bgrij", few, c.v)
+        dq, dk, pairs = c.decay.scores_gradient(c.q, c.k, c.A, dA)
+        dq_read, dS, reads = c.decay.read_gradient(c.q, S, dy)
+        dk_write, dv, writes = c.decay.write_gradient(c.k, c.v, D)
+        dv += dot("bgrij,bgriv->bgrjv", c.A.astype(v.dtype), few)
+        return (
+            c.decay.of_keys(dq + dq_read, q),
+            c.decay.of_keys(dk + dk_write, k),
+            c.decay.of_values(dv),
+            c.decay.log_decay_gradient(pairs + reads, writes, S, D),
+            None,
+            c.decay.of_state(dS + c.decay.whole * D),
+        )
+
+
+class _Chunk:
+    """What the forward and the backward pass of one chunk both need, in the layouts of `decay`."""
+
+    def __init__(self, q, k, v, log_decay, reset):
+        kind = HeadDecay if log_decay.shape[-1] == 1 else ChannelDecay
+        self.decay = kind(log_decay, reset, k.shape[2], rows=1, columns=1)
+        self.q, self.k, self.v = self.decay.keys(q), self.decay.keys(k), self.decay.values(v)
+        self.A = self.decay.scores(self.q, self.k)
