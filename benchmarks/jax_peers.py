@@ -1,7 +1,7 @@
 """Functions of other JAX packages beside the kernels that do the same here, on equal arguments.
 
-Their packages are no requirement: `pip install --no-deps mlstm_kernels ejkernel jaxtyping beartype`.
-A peer whose answer is not ours is not raced.
+Their packages are no requirement: `pip install --no-deps mlstm_kernels einops ejkernel jaxtyping
+beartype`. A peer whose answer is not ours is not raced.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Training whole models beside transformers' of equal shape and equal weights, in one run.
 
-    python -m benchmarks.training [NAME ...]
+    python -m benchmarks.training [NAME | NAME@TOKENS ...]
 
 Six layers of width 512, two rows, float32 on the CPU, with clipping and AdamW. A model that
 transformers trains token by token is raced at a length that it finishes. Measured in turns, the
@@ -35,7 +35,9 @@ def main(names: list[str]) -> int:
 
 
 def measure(name: str) -> list[dict]:
+    name, _, tokens = name.partition("@")
     length, rounds, _ = RACES[name]
+    length = int(tokens or length)
     pair = published.pair(name, LAYERS, length)
     if pair is None:
         return []
