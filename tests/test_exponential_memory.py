@@ -15,23 +15,25 @@ B, T, H, K, V = 2, 40, 2, 6, 4
 
 def definition(q, k, v, log_input, log_forget, reset, state, eps):
     """Beck et al. (2024), equations 19 to 27, token by token."""
-    C, n, m = state.memory[..., :-1], state.memory[..., -1], state.m
-    out = []
-    for t in range(q.shape[1]):
-        keep = ~reset[:, t]
-        C, n = C * keep[:, None, None, None], n * keep[:, None, None]
-        m_before = jnp.where(keep[:, None], m, 0)
-        m = jax.lax.stop_gradient(jnp.maximum(log_forget[:, t] + m_before, log_input[:, t]))
-        f = jnp.exp(log_forget[:, t] + m_before - m)
-        i = jnp.exp(log_input[:, t] - m)
-        written = k[:, t, :, :, None] * v[:, t, :, None]
-        C = f[..., None, None] * C + i[..., None, None] * written
-        n = f[..., None] * n + i[..., None] * k[:, t]
-        read = q[:, t] * K**-0.5
-        total = jnp.abs(jnp.einsum("bhk,bhk->bh", n, read))
-        total = jnp.maximum(total, jnp.exp(-m)) + eps
-        out.append(jnp.einsum("bhk,bhkv->bhv", read, C) / total[..., None])
-    return jnp.stack(out, 1), cell.State(jnp.concatenate([C, n[..., None]], -1), m)
+
+    def step(carry, token):
+        C, n, m = carry
+        q, k, v, log_input, log_forget, reset = token
+        keep = ~reset[:, None]
+        C, n, m = C * keep[..., None, None], n * keep[..., None], jnp.where(keep, m, 0)
+        before, m = m, jax.lax.stop_gradient(jnp.maximum(log_forget + m, log_input))
+        f, i = jnp.exp(log_forget + before - m), jnp.exp(log_input - m)
+        C = f[..., None, None] * C + i[..., None, None] * k[..., None] * v[..., None, :]
+        n = f[..., None] * n + i[..., None] * k
+        read = q * K**-0.5
+        total = jnp.maximum(jnp.abs(jnp.einsum("bhk,bhk->bh", n, read)), jnp.exp(-m)) + eps
+        return (C, n, m), jnp.einsum("bhk,bhkv->bhv", read, C) / total[..., None]
+
+    tokens = (q, k, v, log_input, log_forget, reset)
+    by_time = jax.tree.map(lambda a: jnp.moveaxis(jnp.asarray(a), 1, 0), tokens)
+    carry = (state.memory[..., :-1], state.memory[..., -1], state.m)
+    (C, n, m), h = jax.lax.scan(step, carry, by_time)
+    return jnp.moveaxis(h, 0, 1), cell.State(jnp.concatenate([C, n[..., None]], -1), m)
 
 
 @pytest.mark.parametrize("gates", ["usual", "extreme"])
