@@ -37,7 +37,7 @@ VARIANTS = {
     ],
     "zamba2": [
         {
-            "mixer": mixer_config("gla", heads=2, chunk_size=16),
+            "inner": mixer_config("gla", heads=2, chunk_size=16),
             "rope_base": None,
             "adapt_attention": False,
             "bias": True,
