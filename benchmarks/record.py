@@ -27,7 +27,7 @@ def record(name: str, rows: list[dict[str, Any]], claims: list[Claim]) -> int:
     console = Console()
     table = Table(*rows[0], title=name)
     for row in rows:
-        table.add_row(*(f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" for v in row.values()))
+        table.add_row(*map(_shown, row.values()))
     console.print(table)
     for claim in claims:
         verdict = "[green]pass[/]" if claim.holds else "[red]FAIL[/]"
@@ -37,6 +37,12 @@ def record(name: str, rows: list[dict[str, Any]], claims: list[Claim]) -> int:
     content = json.dumps({"machine": machine(), "rows": rows, "claims": verdicts}, indent=2)
     (RESULTS / f"{name}.json").write_text(content + "\n")
     return 0 if all(claim.holds for claim in claims) else 1
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def machine() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The command line and configs: each mistake is one sentence, a status, and nothing lost."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -310,6 +311,15 @@ def test_mixer_configs_survive_json(name):
     text = json.dumps(settings.plain(model))
     assert settings.read(lm.Config, json.loads(text)) == model
     assert mixer_name(config) == name and json.loads(text)["pattern"][0]["mixer"] == name
+
+
+def test_a_mixer_config_with_a_field_called_mixer_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        mixer: int = 3
+
+    with pytest.raises(ConfigError, match="'mixer' names the mixer in every config: rename"):
+        registry.to_plain(Config())
 
 
 def test_a_whole_run_survives_json(texts):

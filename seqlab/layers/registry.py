@@ -113,7 +113,10 @@ def from_plain(value: Any) -> Any:
 
 def to_plain(config: Any) -> dict:
     """`{"mixer": name, ...its fields}`, ready for JSON."""
-    return {"mixer": mixer_name(config), **settings.plain(config)}
+    name, fields = mixer_name(config), settings.plain(config)
+    if "mixer" in fields:
+        raise ConfigError(f"{name}: 'mixer' names the mixer in every config: rename that field.")
+    return {"mixer": name, **fields}
 
 
 #: A mixer's Config as a field of another config: `{"mixer": name, ...its fields}` in JSON.

@@ -24,14 +24,14 @@ from seqlab.settings import STRICT, PositiveFinite
 @dataclass(frozen=True, config=STRICT)
 class Config:
     """Attention of `heads` over 2 * d_model channels, and a gated perceptron of inner width
-    `width`; `mixer` None leaves the layer at what these return.
+    `width`; `inner` None leaves the layer at what these return.
 
     The block's weights are meant to be the same at several depths: `rank` is that of the maps that
     adapt them to each, of the perceptron and, with `adapt_attention`, of queries, keys and values.
     Attention holds `max_length` tokens.
     """
 
-    mixer: MixerConfig | None = None
+    inner: MixerConfig | None = None
     heads: PositiveInt = 4
     width: PositiveInt = 64
     activation: Activation = "gelu"
@@ -95,8 +95,8 @@ class Zamba2(Mixer):
         self.gate_up = Adapted(d, 2 * c.width, ("embed", "ffn"), c.rank, bias=c.bias, rngs=rngs)
         self.down = Linear(c.width, d, ("ffn", "embed"), bias=c.bias, rngs=rngs)
         self.linear = Linear(d, d, ("embed", None), rngs=rngs)
-        self.mixer_norm = RMSNorm(d, eps=c.norm_eps) if c.mixer else None
-        self.mixer = c.mixer.build(d, rngs=rngs) if c.mixer else None
+        self.mixer_norm = RMSNorm(d, eps=c.norm_eps) if c.inner else None
+        self.mixer = c.inner.build(d, rngs=rngs) if c.inner else None
         self.head_dim = 2 * d // c.heads
         self.max_length = min(c.max_length, getattr(self.mixer, "max_length", None) or c.max_length)
 

@@ -59,7 +59,7 @@ def _hybrid(fields: Fields, recurrent: mixers.Config) -> zamba2.Config:
         raise ModelError("Zamba2 with fewer key heads than query heads is not known here.")
     rope = fields.rope() if fields.get("use_mem_rope", False) else {}
     return zamba2.Config(
-        mixer=recurrent,
+        inner=recurrent,
         heads=heads,
         width=fields.get("intermediate_size", 4 * fields["hidden_size"]),
         activation=llama.activation(fields),
@@ -98,7 +98,7 @@ def _layer(block: Any) -> list[Rule]:
             *norm_rules("mixer_norm", "input_layernorm"),
             *mamba2.mixer_rules(block.mixer, "mixer", "mamba"),
         ]
-    inner: Any = block.mixer.mixer
+    inner: Any = block.mixer.inner
     shared = "shared_transformer."
     attention, mlp = shared + "self_attn.", shared + "feed_forward."
     return [

@@ -1,0 +1,175 @@
+"""Models of transformers, made for a benchmark, and the same models with the same weights here."""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import transformers
+
+import seqlab
+from seqlab.errors import SeqlabError
+from seqlab.models.lm import LM
+from seqlab.models.parameters import decays, parameters
+from seqlab.train import optimizer
+from seqlab.train.corpus import Batch
+from seqlab.train.step import make_step
+
+D, VOCAB = 512, 256
+
+#: What is raced: a config of transformers by the number of layers and the longest document.
+CONFIGS: dict[str, Callable[[int, int], Any]] = {
+    "mamba": lambda layers, length: transformers.MambaConfig(
+        vocab_size=VOCAB, hidden_size=D, num_hidden_layers=layers, use_mambapy=False
+    ),
+    "mamba, mamba.py": lambda layers, length: transformers.MambaConfig(
+        vocab_size=VOCAB, hidden_size=D, num_hidden_layers=layers, use_mambapy=True
+    ),
+    "mamba2": lambda layers, length: transformers.Mamba2Config(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        num_heads=16,
+        head_dim=64,
+        state_size=128,
+        n_groups=1,
+        num_hidden_layers=layers,
+    ),
+    "xlstm": lambda layers, length: transformers.xLSTMConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        num_heads=4,
+        num_blocks=layers,
+        num_hidden_layers=layers,
+        mode="train",
+    ),
+    "qwen3_next": lambda layers, length: transformers.Qwen3NextConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=1408,
+        num_hidden_layers=layers,
+        layer_types=["linear_attention"] * layers,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=128,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_experts=0,
+        max_position_embeddings=length,
+    ),
+    "llama": lambda layers, length: transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=1408,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=length,
+    ),
+}
+
+
+class Pair(NamedTuple):
+    ours: LM
+    theirs: torch.nn.Module
+
+
+def pair(name: str, layers: int, length: int) -> Pair | None:
+    """A random model of transformers, and the same here; None, with the reason, where one of the
+    two does not exist."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if "mamba.py" in name and importlib.util.find_spec("mambapy") is None:
+        print(f"{name} is left out: pip install mambapy", flush=True)
+        return None
+    try:
+        torch.manual_seed(0)
+        theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](layers, length))
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            return Pair(seqlab.load(folder, max_length=length), theirs.float())
+    except (SeqlabError, ImportError) as why:
+        print(f"{name} is left out: {why}", flush=True)
+        return None
+
+
+def tokens(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCAB, (batch, length + 1), np.int32)
+
+
+def our_training(model: LM, batch: int, length: int) -> tuple[Callable[[], object], int]:
+    """One training step, and the bytes that its program holds beside parameters and batch."""
+    ids = tokens(batch, length)
+    data = Batch(ids, np.ones_like(ids))
+    tx = optimizer.Config().build(1000, decays(model))
+    params = jax.tree.map(jnp.array, parameters(model))
+    held: list[Any] = [params, tx.init(params)]
+    step = make_step(jax.eval_shape(lambda: model), tx).lower(*held, data).compile()
+
+    def work():
+        *held[:], metrics = step(*held, data)
+        return jax.block_until_ready(metrics)
+
+    return work, step.memory_analysis().temp_size_in_bytes
+
+
+def their_training(model: torch.nn.Module, batch: int, length: int) -> Callable[[], object]:
+    ids = torch.from_numpy(tokens(batch, length)[:, :-1]).long()
+    adamw = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
+    model.train()
+
+    def work():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+
+    return work
+
+
+def our_passes(model: LM, batch: int, length: int) -> dict[str, Callable[[], object]]:
+    """Forward, forward and backward, and one step of decoding."""
+    ids = tokens(batch, length)
+
+    def loss(model):
+        logits, _ = model(ids[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+    forward, both = jax.jit(lambda model: model(ids[:, :-1])[0]), jax.jit(jax.grad(loss))
+    step = jax.jit(lambda model, token, state: model(token, state))
+    _, state = jax.jit(lambda model: model(ids[:, :8]))(model)
+    return {
+        "forward": lambda: jax.block_until_ready(forward(model)),
+        "forward and backward": lambda: jax.block_until_ready(both(model)),
+        "decode": lambda: jax.block_until_ready(step(model, ids[:, :1], state)),
+    }
+
+
+def their_passes(
+    model: torch.nn.Module, batch: int, length: int
+) -> dict[str, Callable[[], object]]:
+    ids = torch.from_numpy(tokens(batch, length)[:, :-1]).long()
+
+    def forward():
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+
+    def both():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :8], use_cache=True)
+    cache = "past_key_values" if "past_key_values" in first else "cache_params"
+
+    def step():  # the cache is written in place; attention's grows by a token at a time
+        with torch.no_grad():
+            model(input_ids=ids[:, :1], use_cache=True, **{cache: first[cache]})
+
+    return {"forward": forward, "forward and backward": both, "decode": step}

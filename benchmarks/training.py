@@ -1,0 +1,74 @@
+"""Training whole models beside transformers' of equal shape and equal weights, in one run.
+
+    python -m benchmarks.training [NAME | NAME@TOKENS ...]
+
+Six layers of width 512, two rows, float32 on the CPU, with clipping and AdamW. A model that
+transformers trains token by token is raced at a length that it finishes. Measured in turns, the
+best of each counts. Where other work keeps the cores busy, claims go by CPU seconds, and it is best
+to give both sides one core (`taskset -c 0 python -m ...`): threads that wait for a core spin.
+The peer `mamba.py` needs the package `mambapy`, which no other part of seqlab uses.
+"""
+
+import os
+import sys
+
+import benchmarks.record as record
+from benchmarks import published, timing
+
+LAYERS, BATCH = 6, 2
+#: Tokens a row, rounds, and how many times as fast as the peer we claim to be.
+RACES = {
+    "mamba": (256, 2, 5.0),
+    "mamba, mamba.py": (512, 2, 2.3),
+    "mamba2": (2048, 2, 1.5),
+    "xlstm": (2048, 2, 1.1),
+    "qwen3_next": (2048, 2, 1.2),
+    "llama": (2048, 2, 0.9),
+}
+
+
+def main(names: list[str]) -> int:
+    rows = [row for name in names or RACES for row in measure(name)]
+    if not rows:
+        return 1
+    return record.record("training", rows, [claim(row) for row in rows])
+
+
+def measure(name: str) -> list[dict]:
+    name, _, tokens = name.partition("@")
+    length, rounds, _ = RACES[name]
+    length = int(tokens or length)
+    pair = published.pair(name, LAYERS, length)
+    if pair is None:
+        return []
+    ours, our_bytes = published.our_training(pair.ours, BATCH, length)
+    theirs = published.their_training(pair.theirs, BATCH, length)
+    their_bytes = timing.peak(theirs)
+    raced = timing.race(ours, theirs, rounds)
+    row = {
+        "model": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "tokens a row": length,
+        "our tokens/s": BATCH * length / raced.ours,
+        "their tokens/s": BATCH * length / raced.theirs,
+        "ratio": raced.ratio,
+        "ratio of CPU seconds": raced.cpu_ratio,
+        "our bytes for a step": our_bytes,
+        "their bytes for a step": their_bytes,
+        "load": os.getloadavg()[0],
+    }
+    print(row, flush=True)
+    return [row]
+
+
+def claim(row: dict) -> record.Claim:
+    *_, least = RACES[row["model"]]
+    busy = row["load"] > row["cores"] + 1
+    ratio = row["ratio of CPU seconds" if busy else "ratio"]
+    measured = " in CPU seconds, the machine being busy" if busy else ""
+    says = f"{row['model']}: speed against the peer's{measured}, at least {least:g}"
+    return record.Claim(says, f"{ratio:.2f}", ratio >= least)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
