@@ -105,6 +105,14 @@ def test_mixer_has_the_property(case, prove):
         ("mlstm_block", "heads expand multiple_of conv_width block eps norm_eps chunk_size"),
         ("rwkv6", "heads expand_k expand_v mix_rank decay_rank norm_eps layer layers chunk_size"),
         ("rwkv6_channel_mix", "ratio width layer layers"),
+        ("delta_net", "heads expand_k expand_v conv_width norm_eps chunk_size"),
+        (
+            "gated_delta_net",
+            "key_heads value_heads key_dim value_dim conv_width norm_eps dt_min dt_max chunk_size",
+        ),
+        ("kda", "heads key_dim value_dim conv_width rank norm_eps dt_min dt_max chunk_size"),
+        ("rwkv7", "heads layer layers decay_rank rate_rank value_rank gate_rank norm_eps"),
+        ("rwkv7_channel_mix", "ratio width layer layers"),
         ("mla", "heads kv_rank q_rank nope_dim rope_dim v_dim max_length rope_base scale"),
         ("gla", "heads expand_k expand_v conv_width decay_rank decay_temperature chunk_size"),
         (

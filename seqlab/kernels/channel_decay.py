@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from seqlab.kernels import halving
 from seqlab.kernels.documents import documents, gate_gradient
-from seqlab.kernels.precision import dot, widen
+from seqlab.kernels.precision import dot, total, widen
 
 
 class ChannelDecay:
@@ -97,7 +97,7 @@ class ChannelDecay:
     def log_decay_gradient(self, pairs, writes, S, D):
         """The cotangent of the log decays [B, C, H, K], for the state S that enters and the
         cotangent D of the one that leaves."""
-        passes = jnp.sum(self.whole * S * D, (2, -1))
+        passes = jnp.sum(total(self.whole * S * D), 2)
         return gate_gradient(self.documents, pairs, writes, passes)
 
     def _kinds(self, a, n: int):

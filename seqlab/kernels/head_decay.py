@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from seqlab.kernels.decay import pair_decay
 from seqlab.kernels.documents import documents, gate_gradient
-from seqlab.kernels.precision import dot
+from seqlab.kernels.precision import dot, total
 
 
 class HeadDecay:
@@ -65,7 +65,7 @@ class HeadDecay:
         by_group = jnp.sum(dA * self.pairs, 2).astype(x.dtype)
         dx, dy = dot("bgij,bgjk->bgik", by_group, y), dot("bgij,bgik->bgjk", by_group, x)
         acts = A * dA * self.others
-        return dx, dy, self._gate(acts.sum(-1)) - self._gate(acts.sum(-2))
+        return dx, dy, self._gate(total(acts)) - self._gate(acts.sum(-2))
 
     def read(self, x, S):
         """S^T x_i, decayed from the chunk's start"""
@@ -76,7 +76,7 @@ class HeadDecay:
         d = (self.start * d).astype(x.dtype)
         dx = dot("bgriv,bgrkv->bgrik", d, S.astype(x.dtype))
         dS = dot("bgik,bgriv->bgrkv", x, d)
-        return dx.sum(2), dS, self._gate(jnp.sum(x[:, :, None] * dx, -1))
+        return dx.sum(2), dS, self._gate(total(x[:, :, None] * dx))
 
     def write(self, y, v):
         """sum_j y_j v_j^T, decayed to the chunk's end"""
@@ -87,12 +87,12 @@ class HeadDecay:
         D = D.astype(y.dtype)
         dy = dot("bgrjv,bgrkv->bgrjk", (self.end * v).astype(y.dtype), D)
         dv = self.end * dot("bgjk,bgrkv->bgrjv", y, D)
-        return dy.sum(2), dv, self._gate(jnp.sum(y[:, :, None] * dy, -1))
+        return dy.sum(2), dv, self._gate(total(y[:, :, None] * dy))
 
     def log_decay_gradient(self, pairs, writes, S, D):
         """The cotangent of the log decays [B, C, H, 1], for the state S that enters and the
         cotangent D of the one that leaves."""
-        passes = self._joined(jnp.sum(self.whole * S * D, (-2, -1)))[..., None]
+        passes = self._joined(total(total(self.whole * S * D)))[..., None]
         return gate_gradient(self.documents, pairs, writes, passes)
 
     def _gate(self, a):

@@ -30,3 +30,12 @@ def bounded_sqrt(x: jax.Array) -> jax.Array:
 def _bounded_slope(primals, tangents):
     (x,), (dx,) = primals, tangents
     return jnp.sqrt(x), dx * jax.lax.rsqrt(jnp.maximum(4 * x, 1e-6))
+
+
+def total(a: jax.Array) -> jax.Array:
+    """The sum of a [..., X] along its last axis, never rounded to less than its dtype.
+
+    As a product: inside a scan, XLA on a CPU fuses such a sum into what follows it, number by
+    number, which was seen to take ten times as long.
+    """
+    return jnp.matmul(a, jnp.ones(a.shape[-1], a.dtype), precision=jax.lax.Precision.HIGHEST)

@@ -23,7 +23,7 @@ from seqlab.kernels import chunk_scan
 from seqlab.kernels.channel_decay import ChannelDecay
 from seqlab.kernels.decay import chunk_length
 from seqlab.kernels.head_decay import HeadDecay
-from seqlab.kernels.precision import dot, widen
+from seqlab.kernels.precision import dot, total, widen
 from seqlab.kernels.unit_lower import UnitLower
 from seqlab.parallel.transitions import Matrix
 
@@ -71,7 +71,7 @@ class _DeltaRule:
         u = c.system.solve_transposed(dw + dot("bgrij,bgriv->bgrjv", few(c.A), few(dy)))
         dv = c.beta * u
         dA, dM = (dot("bgriv,bgrjv->bgrij", few(d), few(c.w)) for d in (dy, -u))
-        d_beta = jnp.sum(u * c.error, -1) + jnp.sum(dM * c.P, -1)
+        d_beta = total(u * c.error) + total(dM * c.P)
         d_scores = jnp.concatenate([dA, c.beta * dM * c.strict], 3)
         dx, dk, pairs = c.decay.scores_gradient(c.rows, c.key, c.scores, d_scores)
         dx_read, dS, reads = c.decay.read_gradient(c.rows, c.S, jnp.concatenate([dy, -dv], 3))
