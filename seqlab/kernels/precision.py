@@ -35,6 +35,7 @@ def _bounded_slope(primals, tangents):
 def total(a: jax.Array) -> jax.Array:
     """The sum of a [..., X] along its last axis, never rounded to less than its dtype.
 
-    As a product: XLA's reductions along the last axis do not vectorise on a CPU, ten times slower.
+    As a product: inside a scan, XLA on a CPU fuses such a sum into what follows it, number by
+    number, which was seen to take ten times as long.
     """
     return jnp.matmul(a, jnp.ones(a.shape[-1], a.dtype), precision=jax.lax.Precision.HIGHEST)
