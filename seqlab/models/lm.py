@@ -13,7 +13,7 @@ from seqlab.errors import ConfigError
 from seqlab.layers import ffn as channel_mixer
 from seqlab.layers import norm as norms
 from seqlab.layers.channel_mixer import ChannelMixerConfig
-from seqlab.layers.linear import Linear
+from seqlab.layers.linear import Linear, product
 from seqlab.layers.mixer import State
 from seqlab.models import block as blocks
 from seqlab.models.block import BlockConfig, Join
@@ -182,7 +182,7 @@ class LM(nnx.Module):
             weight = self.embed.weight[...].T
         else:
             weight = self.head.weight[...]
-        logits = jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = product(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
         c = self.config
         logits = logits if c.logit_scale == 1.0 else logits * c.logit_scale
         return logits if c.logit_cap is None else c.logit_cap * jnp.tanh(logits / c.logit_cap)
