@@ -65,11 +65,11 @@ def test_logits_and_states_are_float32_when_computing_in_bfloat16(tokens):
     assert {a.dtype for a in floats} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("remat", ["cheap", "all"])
-def test_remat_changes_no_gradient(model, tokens, remat):
+@pytest.mark.parametrize("how", ["remat=cheap", "remat=all", "unroll=2"])
+def test_how_depth_is_run_changes_no_gradient(model, tokens, how):
     batch = Batch(tokens, jnp.ones_like(tokens))
     nats = jax.jit(jax.grad(lambda params, model: loss(bind(model, params), batch).nats))
-    other = build(settings.override(CONFIG, [f"remat={remat}"]))
+    other = build(settings.override(CONFIG, [how]))
     assert_close(nats(parameters(model), other), nats(parameters(model), model), GRADIENT)
 
 

@@ -49,6 +49,9 @@ class Config:
     `published` is the config.json of the published checkpoint that the model was read from, and
     that it is exported as.
 
+    `unroll` periods stand in the program one after another before it loops: more to compile, less to
+    copy.
+
     dtype "auto" computes in float32 on a CPU and in bfloat16 on an accelerator; weights, states,
     gates and logits are float32 in any case.
     """
@@ -60,6 +63,7 @@ class Config:
     ffn: ChannelMixerConfig | None = channel_mixer.Config()
     tie_embeddings: bool = True
     remat: Remat = "none"
+    unroll: int = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     before: tuple[BlockConfig, ...] = ()
     after: tuple[BlockConfig, ...] = ()
@@ -72,7 +76,7 @@ class Config:
     published: Published | None = None
 
     def __post_init__(self):
-        for name in ("vocab", "d_model", "repeats"):
+        for name in ("vocab", "d_model", "repeats", "unroll"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}.")
         if not self.pattern:
@@ -159,7 +163,8 @@ class LM(nnx.Module):
         if self.config.remat != "none":
             period = jax.checkpoint(period, policy=_POLICIES[self.config.remat])
         stream, before = _unstacked(period, stream, self.before, state[:n])
-        stream, middle = jax.lax.scan(period, stream, (self.blocks, state[n : n + m]))
+        blocks = (self.blocks, state[n : n + m])
+        stream, middle = jax.lax.scan(period, stream, blocks, unroll=self.config.unroll)
         (x, _), after = _unstacked(period, stream, self.after, state[n + m :])
         return self.norm(x), (*before, *middle, *after)
 
