@@ -10,10 +10,6 @@ import numpy as np
 FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
 GRADIENT = {"float64": 1e-10, "float32": 5e-5, "bfloat16": 3e-2}
 
-#: Gradients of a delta rule whose every write overshoots (equal keys, beta near 2): rounding adds up
-#: over a chunk, 2e-5 where the compiler fuses multiplications and additions, 6e-5 where it does not.
-OVERSHOOT = GRADIENT | {"float32": 2e-4}
-
 #: Another implementation of a whole model, float32: largest difference over largest logit.
 LOGITS = 1e-4
 
