@@ -35,6 +35,7 @@ FEATURES = {
     "bf16": ("bfloat16 keeps a float32 state", "extreme inputs stay finite"),
     "data x seq x model": ("sharded equals one device",),
 }
+OWN = "shifts alone"  # what a mixer without a kernel does with time
 Verdicts = Callable[[str], Mapping[str, bool | None]]  # of a mixer's name: property -> verdict
 
 
@@ -89,12 +90,14 @@ def _facts(name: str) -> list[str]:
 
 
 def _kernel(module: str) -> str:
-    """The kernel family that a mixer's file imports."""
+    """The kernel family that a mixer's file imports, or a layer that it is made of."""
     source = pathlib.Path(str(importlib.import_module(module).__file__)).read_text("utf-8")
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     names = [(node.module or "").split(".") for node in nodes]
     families = [n[2] for n in names if n[:2] == ["seqlab", "kernels"] and len(n) == 3]
-    return next((f for f in families if f != "precision"), "its own scan")
+    layers = [".".join(n) for n in names if n[:2] == ["seqlab", "layers"] and len(n) == 3]
+    found = [f for f in (*families, *map(_kernel, layers)) if f not in ("precision", OWN)]
+    return min(found, key=lambda family: family == "short_conv", default=OWN)  # it comes on top
 
 
 def _forms(kernel: str) -> str:
