@@ -96,6 +96,8 @@ def _kernel(module: str) -> str:
     names = [(node.module or "").split(".") for node in nodes]
     families = [n[2] for n in names if n[:2] == ["seqlab", "kernels"] and len(n) == 3]
     layers = [".".join(n) for n in names if n[:2] == ["seqlab", "layers"] and len(n) == 3]
+    whole = [node for node in nodes if node.module == "seqlab.layers"]
+    layers += [f"seqlab.layers.{alias.name}" for node in whole for alias in node.names]
     found = [f for f in (*families, *map(_kernel, layers)) if f not in ("precision", OWN)]
     return min(found, key=lambda family: family == "short_conv", default=OWN)  # it comes on top
 

@@ -49,8 +49,8 @@ class Config:
     `published` is the config.json of the published checkpoint that the model was read from, and
     that it is exported as.
 
-    `unroll` periods stand in the program one after another before it loops: more to compile, less to
-    copy.
+    `unroll` periods stand in the program one after another before it loops: more to compile, less
+    to copy.
 
     dtype "auto" computes in float32 on a CPU and in bfloat16 on an accelerator; weights, states,
     gates and logits are float32 in any case.
