@@ -1,13 +1,16 @@
 """What this machine has, and which implementation each recurrence takes on it."""
 
+import importlib
 import importlib.metadata
+import pkgutil
 import platform
 
 import jax
 from rich.markup import escape
 from rich.table import Table
 
-from seqlab.kernels import attention, decayed_outer_product  # noqa: F401 (it enters the list)
+from seqlab import kernels
+from seqlab.kernels import attention
 from seqlab.kernels.recurrence import RECURRENCES
 
 PACKAGES = ("seqlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore")
@@ -29,6 +32,8 @@ def machine() -> Table:
 
 def implementations() -> Table:
     """Every kernel, the forms it has, and the one that is taken here."""
+    for family in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{family.name}")  # which enters the list
     backend = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
     rows = Table("kernel", "here", "all forms", "sharded by", title="implementations")
     for name, recurrence in sorted(RECURRENCES.items()):

@@ -7,8 +7,10 @@ import sys
 import tomllib
 
 import pytest
+import rich
 
 import seqlab
+from seqlab import doctor, kernels
 from seqlab.errors import ConfigError
 from seqlab.models import lm
 
@@ -101,3 +103,10 @@ def test_constraints_are_exact_versions_and_nothing_else():
         assert name.replace("-", "").replace("_", "").replace(".", "").isalnum(), pin
         assert version and set(version) <= set("0123456789."), pin
     assert len({pin.partition("==")[0].lower() for pin in pins}) == len(pins)
+
+
+def test_the_doctor_knows_every_kernel(capsys):
+    rich.print(doctor.implementations())
+    families = [f.name for f in pathlib.Path(kernels.__path__[0]).iterdir() if f.is_dir()]
+    shown = capsys.readouterr().out
+    assert all(f" {family} " in shown for family in families if family != "__pycache__")
