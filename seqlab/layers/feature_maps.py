@@ -4,6 +4,7 @@ elu (Katharopoulos et al., 2020), dpfp (Schlag et al., 2021), t2r (Kasai et al.,
 (Zhang et al., 2024), taylor (Based, Arora et al., 2024), rebased (Aksenov et al., 2024).
 """
 
+import abc
 import math
 from typing import Literal
 
@@ -69,8 +70,9 @@ class FeatureMap(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.features(x).astype(x.dtype)
 
+    @abc.abstractmethod
     def features(self, x: jax.Array) -> jax.Array:
-        raise NotImplementedError(f"{type(self).__name__} must define features(x)")
+        """phi(x), in any dtype."""
 
 
 class Fixed(FeatureMap):
