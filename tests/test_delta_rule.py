@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqlab.conformance.tolerance import GRADIENT, assert_close
+from seqlab.conformance.tolerance import assert_close
 from seqlab.kernels.delta_rule import delta_rule
 from seqlab.parallel.mesh import STRATEGIES, use_mesh
+from tests import forms
+from tests.forms import assert_agree, values_and_gradients
 
 B, G, H, K, V = 2, 2, 4, 8, 16
 T, CHUNK = 72, 32  # two whole chunks and a part of one, the same everywhere: few compilations
@@ -31,33 +33,8 @@ def tokens(channels, *, strength=1.0, resets=0.1, dtype=jnp.float32):
     )
 
 
-def value_and_gradients(implementation, *args):
-    *tokens, reset, state = args
-
-    def loss(*args):
-        *tokens, state = args
-        y, state = delta_rule(
-            *tokens, reset, state, implementation=implementation, chunk_size=CHUNK
-        )
-        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state)), (y, state)
-
-    both = jax.value_and_grad(loss, argnums=tuple(range(6)), has_aux=True)
-    (_, out), grads = both(*tokens, state)
-    return out, grads
-
-
-jitted = functools.partial(jax.jit, static_argnums=0)(value_and_gradients)
-
-
-def in_float64(implementation, *args):
-    with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(a), jnp.float64 if a.dtype != bool else bool) for a in args]
-        return jax.tree.map(np.asarray, jitted(implementation, *wide))
-
-
-def assert_agree(actual, expected):
-    assert_close(actual[0], expected[0])
-    assert_close(actual[1], expected[1], GRADIENT)
+jitted = values_and_gradients(delta_rule, chunk_size=CHUNK)
+in_float64 = functools.partial(forms.in_float64, jitted)
 
 
 @KINDS
@@ -118,7 +95,7 @@ def test_every_strategy_equals_one_device(strategy, channels):
     args = tokens(channels, resets=0.02)
     expected = jitted("xla", *args)
     with use_mesh(data=2, seq=2, model=2, strategy=strategy):
-        actual = jax.jit(functools.partial(value_and_gradients, "xla"))(*args)
+        actual = values_and_gradients(delta_rule, chunk_size=CHUNK)("xla", *args)
     assert_agree(actual, expected)
 
 
