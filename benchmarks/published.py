@@ -1,5 +1,6 @@
 """Models of transformers, made for a benchmark, and the same models with the same weights here."""
 
+import dataclasses
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -104,9 +105,11 @@ def tokens(batch: int, length: int) -> np.ndarray:
 
 
 def our_training(model: LM, batch: int, length: int) -> tuple[Callable[[], object], int]:
-    """One training step, and the bytes that its program holds beside parameters and batch."""
+    """One training step, and the bytes that its program holds beside parameters and batch. Its
+    layers are compiled one by one, as a short run of a small model may well ask for."""
     ids = tokens(batch, length)
     data = Batch(ids, np.ones_like(ids))
+    model.config = dataclasses.replace(model.config, unroll=model.config.repeats)
     tx = optimizer.Config().build(1000, decays(model))
     params = jax.tree.map(jnp.array, parameters(model))
     held: list[Any] = [params, tx.init(params)]

@@ -65,12 +65,22 @@ def test_logits_and_states_are_float32_when_computing_in_bfloat16(tokens):
     assert {a.dtype for a in floats} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("how", ["remat=cheap", "remat=all", "unroll=2"])
+@pytest.mark.parametrize("how", ["remat=none", "remat=all", "unroll=2"])
 def test_how_depth_is_run_changes_no_gradient(model, tokens, how):
     batch = Batch(tokens, jnp.ones_like(tokens))
     nats = jax.jit(jax.grad(lambda params, model: loss(bind(model, params), batch).nats))
     other = build(settings.override(CONFIG, [how]))
     assert_close(nats(parameters(model), other), nats(parameters(model), model), GRADIENT)
+
+
+def test_cheap_recomputation_runs_no_kernel_again(tokens):
+    def loops(how):
+        model, batch = build(settings.override(CONFIG, [how])), Batch(tokens, jnp.ones_like(tokens))
+        nats = jax.grad(lambda params, model: loss(bind(model, params), batch).nats)
+        jaxpr = jax.make_jaxpr(nats)(parameters(model), model).jaxpr
+        return sum(e.primitive.name in ("scan", "while") for e in equations(jaxpr))
+
+    assert loops("remat=none") == loops("remat=cheap") < loops("remat=all")
 
 
 def test_sharded_loss_and_gradients_equal_one_device(model):

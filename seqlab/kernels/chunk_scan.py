@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from seqlab.kernels.kept import kept
 from seqlab.parallel.transitions import compose
 
 
@@ -82,7 +83,7 @@ def _forward(chunk, size, tokens, weights, state, keep=lambda S: S):
         y, after = chunk.forward(*_chunk_at(n, tokens, size), *weights, S)
         return after, (y, keep(S))
 
-    last, (y, entering) = lax.scan(step, state, _numbers(tokens, size))
+    last, (y, entering) = kept(lax.scan(step, state, _numbers(tokens, size)))
     return (_joined(y), last), (tokens, weights, entering)
 
 

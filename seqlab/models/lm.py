@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, PlainSerializer
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
+from seqlab.kernels.kept import KEPT
 from seqlab.layers import ffn as channel_mixer
 from seqlab.layers import norm as norms
 from seqlab.layers.channel_mixer import ChannelMixerConfig
@@ -20,10 +21,14 @@ from seqlab.models.block import BlockConfig, Join
 from seqlab.parallel.mesh import DATA, SEQ, constrain
 from seqlab.settings import STRICT, PositiveFinite
 
-#: What a period of the pattern recomputes in the backward pass: nothing, all but products, all.
+#: What a period of the pattern recomputes in the backward pass: nothing, all but products and
+#: kernels, all.
 Remat = Literal["none", "cheap", "all"]
 _POLICIES = {
-    "cheap": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "cheap": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KEPT),
+    ),
     "all": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -62,7 +67,7 @@ class Config:
     repeats: int = 1
     ffn: ChannelMixerConfig | None = channel_mixer.Config()
     tie_embeddings: bool = True
-    remat: Remat = "none"
+    remat: Remat = "cheap"
     unroll: int = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     before: tuple[BlockConfig, ...] = ()

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible, visible_blocks
+from seqlab.kernels.kept import kept
 from seqlab.kernels.precision import widen
 
 
@@ -22,20 +23,29 @@ class Options(NamedTuple):
     scale: float
 
 
-def blockwise(
-    q, k, v, q_position, q_document, k_position, k_document, *, window, sinks, scale, block=128
-):
-    """The arguments of `attention`; `block` tokens at a time. Returns y and log-sum-exp."""
-    B, T, H, K = q.shape
-    G, C, D = k.shape[2], min(block, T), min(block, k.shape[1])
-    q = _blocks(q.reshape(B, T, G, H // G, K), C).transpose(0, 1, 3, 4, 2, 5)  # [N, B, G, R, C, K]
+def blockwise(q, k, v, q_position, q_document, k_position, k_document, *, block=None, **options):
+    """The arguments of `attention`, and how many query rows and keys make a block, by default what
+    suits the window. Returns y and log-sum-exp."""
+    (B, T, H, K), G = q.shape, k.shape[2]
+    options, R = Options(**options), H // G
+    rows, keys = block or _block(options.window)
+    C, D = min(max(rows // R, 1), T), min(keys, k.shape[1])
+    # the heads that share a key are further rows of its block: [N, B, G, R * C, K]
+    q = _blocks(q.reshape(B, T, G, R, K), C).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, G, R * C, K)
     k, v = _blocks(k, D).swapaxes(2, 3), _blocks(v, D).swapaxes(2, 3)  # [M, B, G, D, K or V]
-    q_at = jnp.stack([_blocks(q_position, C), _blocks(q_document, C, fill=-1)])  # [2, N, B, C]
-    k_at = jnp.stack([_blocks(k_position, D), _blocks(k_document, D, fill=-1)])
-    outputs: Any = _attention(Options(window, sinks, scale), q, k, v, q_at, k_at)
-    y, lse = outputs
+    q_at = jnp.stack([_blocks(q_position, C), _blocks(q_document, C, fill=-1)])
+    q_at = jnp.tile(q_at, R)  # [2, N, B, R * C]
+    k_at = jnp.stack([_blocks(k_position, D), _blocks(k_document, D, fill=-1)])  # [2, M, B, D]
+    outputs: Any = _attention(options, q, k, v, q_at, k_at)
+    y, lse = (a.reshape(-1, B, G, R, C, *a.shape[4:]) for a in outputs)
     y = y.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, y.shape[-1])
     return y[:, :T], lse.transpose(1, 0, 4, 2, 3).reshape(B, -1, H)[:, :T]
+
+
+def _block(window) -> tuple[int, int]:
+    """On a CPU the best of 128 to 512 rows and keys at T = 2048; a narrow window wastes less of
+    smaller ones."""
+    return (512, 256) if window is None or window >= 512 else (256, 128)
 
 
 def _blocks(a, size, fill=0):
@@ -50,23 +60,31 @@ def _attention(options, q, k, v, q_at, k_at):
     return _forward(options, q, k, v, q_at, k_at)[0]
 
 
+# All products below are of plain row-major matrices, [M, K] by [K, N]: what has to be turned for
+# that is turned once, outside the loop. Where XLA has to turn scores it takes twice as long.
+
+
 def _forward(options, q, k, v, q_at, k_at):
+    k_turned = k.mT
+
     def step(i, j, clear, carry):
         acc, top, total = (a[i] for a in carry)
-        scores = _scores(options, q[i], k[j], q_at[:, i], k_at[:, j], clear)
+        scores = _dot("bgtk,bgks->bgts", q[i], k_turned[j]) * options.scale
+        at = q_at[:, i][..., None], k_at[:, j][:, :, None]
+        scores = _masked(options, scores, *at, clear)
         highest = jnp.maximum(top, scores.max(-1))
         weights = jnp.exp(scores - highest[..., None])
         shrink = jnp.exp(top - highest)
         total = shrink * total + weights.sum(-1)
-        seen = _dot("bgrts,bgsv->bgrtv", weights.astype(v.dtype), v[j])
+        seen = _dot("bgts,bgsv->bgtv", weights.astype(v.dtype), v[j])
         new = shrink[..., None] * acc + seen, highest, total
         return tuple(_put(a, i, b) for a, b in zip(carry, new, strict=True))
 
-    zero = widen(q[..., 0]) * 0  # [N, B, G, R, C], sharded and typed as q is
+    zero = widen(q[..., 0]) * 0  # [N, B, G, C], sharded and typed as q is
     acc = jnp.broadcast_to(zero[..., None], (*zero.shape, v.shape[-1]))
     acc, top, total = _each_pair(step, options, q_at, k_at, (acc, zero + EMPTY, zero))
     total = jnp.where(total > 0, total, 1)  # a query that saw nothing: y = 0, log-sum-exp = EMPTY
-    y, lse = (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
+    y, lse = kept(((acc / total[..., None]).astype(q.dtype), top + jnp.log(total)))
     return (y, lse), (q, k, v, q_at, k_at, y, lse)
 
 
@@ -75,20 +93,24 @@ def _backward(options, kept, cotangents):
     dy, dlse = cotangents
     # dscores = weights * (dweights - sum(dweights * weights) + dlse), and the sum is that of dy * y
     offset = jnp.sum(widen(dy) * widen(y), -1) - dlse
+    q_turned, dy_turned, k_turned = q.mT, dy.mT, k.mT
 
-    def step(i, j, clear, carry):
-        dq, dk, dv = carry
-        scores = _scores(options, q[i], k[j], q_at[:, i], k_at[:, j], clear)
-        weights = jnp.exp(scores - lse[i][..., None])
-        dweights = _dot("bgrtv,bgsv->bgrts", dy[i], v[j])
-        dscores = (weights * (dweights - offset[i][..., None]) * options.scale).astype(q.dtype)
-        dv = _add(dv, j, _dot("bgrts,bgrtv->bgsv", weights.astype(dy.dtype), dy[i]))
-        dq = _add(dq, i, _dot("bgrts,bgsk->bgrtk", dscores, k[j]))
-        dk = _add(dk, j, _dot("bgrts,bgrtk->bgsk", dscores, q[i]))
-        return dq, dk, dv
+    def step(i, j, clear, carry):  # scores and what is like them stand as [keys, queries]
+        dq_turned, dk, dv = carry
+        scores = _dot("bgsk,bgkt->bgst", k[j], q_turned[i]) * options.scale
+        at = q_at[:, i][:, :, None], k_at[:, j][..., None]
+        scores = _masked(options, scores, *at, clear)
+        weights = jnp.exp(scores - lse[i][:, :, None])
+        dweights = _dot("bgsv,bgvt->bgst", v[j], dy_turned[i])
+        dscores = (weights * (dweights - offset[i][:, :, None]) * options.scale).astype(q.dtype)
+        dv = _add(dv, j, _dot("bgst,bgtv->bgsv", weights.astype(dy.dtype), dy[i]))
+        dk = _add(dk, j, _dot("bgst,bgtk->bgsk", dscores, q[i]))
+        dq_turned = _add(dq_turned, i, _dot("bgks,bgst->bgkt", k_turned[j], dscores))
+        return dq_turned, dk, dv
 
-    zeros = tuple(widen(a) * 0 for a in (q, k, v))
-    grads = _each_pair(step, options, q_at, k_at, zeros)
+    zeros = tuple(widen(a) * 0 for a in (q_turned, k, v))
+    dq_turned, dk, dv = _each_pair(step, options, q_at, k_at, zeros)
+    grads = dq_turned.mT, dk, dv
     return *(g.astype(a.dtype) for g, a in zip(grads, (q, k, v), strict=True)), None, None
 
 
@@ -105,16 +127,14 @@ def _each_pair(step, options, q_at, k_at, carry):
     return jax.lax.fori_loop(0, jnp.sum(some), pair, carry)
 
 
-def _scores(options, q, k, q_at, k_at, clear):
-    """[B, G, R, C, D], MASKED where the query does not see the key; a clear pair needs no mask,
-    which on a CPU costs more than the product."""
+def _masked(options, scores, q_at, k_at, clear):
+    """Scores [B, G, ...] -> MASKED where the query does not see the key; a clear pair needs no
+    mask, which on a CPU costs more than the product."""
 
     def masked(scores):
-        (q_position, q_document), (k_position, k_document) = q_at[..., None], k_at[:, :, None]
-        sees = visible(q_position, q_document, k_position, k_document, *options[:2])
-        return jnp.where(sees[:, None, None], scores, MASKED)
+        sees = visible(*q_at, *k_at, *options[:2])
+        return jnp.where(sees[:, None], scores, MASKED)
 
-    scores = _dot("bgrtk,bgsk->bgrts", q, k) * options.scale
     return jax.lax.cond(clear, lambda scores: scores, masked, scores)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqlab.kernels.fused_rnn.cells import advance
+from seqlab.kernels.kept import kept
 from seqlab.kernels.precision import dot, widen
 
 
@@ -53,7 +54,7 @@ def _forward(cell, wx, reset, R, bias, state):
         after, before = _step(cell, R, bias, state, token)
         return after, (after[0], before)
 
-    last, (y, before) = lax.scan(step, state, (wx, reset))
+    last, (y, before) = kept(lax.scan(step, state, (wx, reset)))
     return (y, last), (wx, reset, R, bias, before)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqlab.kernels.linear_scan.planes import conj, one_like
+from seqlab.kernels.kept import kept
 from seqlab.kernels.precision import widen
 from seqlab.kernels.transition_scan import one_by_one, side_by_side
 from seqlab.parallel.transitions import Diagonal
@@ -52,7 +53,7 @@ def _scan(a, b, state):
 
 
 def _forward(a, b, state):
-    h = _scan(a, b, state)
+    h = kept(_scan(a, b, state))
     return h, (a, state, h)
 
 

@@ -27,7 +27,7 @@ class Config:
     norm_eps: PositiveFinite = 1e-6
     eps: PositiveFinite = 1e-6  # added to the normaliser
     layers: PositiveInt = 6
-    chunk_size: PositiveInt = 64
+    chunk_size: PositiveInt = 128
     implementation: str | None = None
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "MLSTM":

@@ -33,7 +33,7 @@ class Config:
     eps: PositiveFinite = 1e-6  # added to the normaliser
     norm_eps: PositiveFinite = 1e-5
     layers: PositiveInt = 6
-    chunk_size: PositiveInt = 64
+    chunk_size: PositiveInt = 128
     implementation: str | None = None
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "MLSTMBlock":

@@ -32,7 +32,6 @@ def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
             norm_eps=norms.eps,
             eps=fields.get("eps", 1e-6),
             layers=fields["num_hidden_layers"],
-            chunk_size=fields.get("chunk_size", 64),
         ),
         ffn=ffn.Config(ratio=fields.get("ffn_proj_factor", 2.667), multiple_of=multiple),
         join=block.Join(norm=norms),
