@@ -21,6 +21,7 @@ from seqlab.layers.ring import Ring
 from seqlab.layers.rope import Yarn, positions, rope
 
 B, BLOCK = 2, 16
+BLOCKS = BLOCK, BLOCK // 2
 
 # T, S, heads, kv heads, window, sinks
 CASES = [
@@ -61,7 +62,7 @@ def test_blockwise_equals_the_definition(case):
     with jax.enable_x64(True):
         qkv, at = tokens(T, S, H, G)
         outputs, gradients = with_gradients(
-            functools.partial(blockwise, block=(BLOCK, BLOCK // 2)), qkv, at, options
+            functools.partial(blockwise, block=BLOCKS), qkv, at, options
         )
         expected, expected_gradients = with_gradients(definition, qkv, at, options)
         assert outputs[0].dtype == jnp.float64
@@ -77,7 +78,7 @@ def test_blocks_in_which_all_is_seen_equal_the_definition(window, sinks):
         position, document = np.tile(np.arange(80, dtype=np.int32), (B, 1)), np.zeros((B, 80), int)
         position[1, 50:], document[1, 50:] = np.arange(30), 1
         at, options = (position, document) * 2, {"window": window, "sinks": sinks, "scale": 0.7}
-        blocks = functools.partial(blockwise, block=(BLOCK, BLOCK // 2))
+        blocks = functools.partial(blockwise, block=BLOCKS)
         actual = with_gradients(blocks, qkv, at, options)
         expected = with_gradients(definition, qkv, at, options)
         assert_close(actual[0], expected[0])
@@ -89,7 +90,7 @@ def test_narrow_operands_keep_their_dtype_and_accumulate_in_float32(dtype):
     options = {"window": None, "sinks": 0, "scale": 0.4}
     qkv, at = tokens(37, 53, 4, 2)
     qkv = [jnp.asarray(a, dtype) for a in qkv]
-    run = functools.partial(blockwise, block=(BLOCK, BLOCK // 2))
+    run = functools.partial(blockwise, block=BLOCKS)
     (y, lse), gradients = with_gradients(run, qkv, at, options)
     (y_, _), gradients_ = with_gradients(
         definition, [a.astype(jnp.float32) for a in qkv], at, options
@@ -99,9 +100,7 @@ def test_narrow_operands_keep_their_dtype_and_accumulate_in_float32(dtype):
     assert_close(gradients, gradients_, GRADIENT)
 
 
-@pytest.mark.parametrize(
-    "run", [definition, functools.partial(blockwise, block=(BLOCK, BLOCK // 2))]
-)
+@pytest.mark.parametrize("run", [definition, functools.partial(blockwise, block=BLOCKS)])
 def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(run):
     qkv, at = tokens(37, 53, 4, 2, dtype=np.float32)
     options = {"window": None, "sinks": 0, "scale": 0.7}

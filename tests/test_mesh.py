@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from seqlab.errors import ConfigError
-from seqlab.parallel.mesh import constrain, current_strategy, make_mesh, use_mesh, weight_sharding
+from seqlab.parallel.mesh import constrain, current_travel, make_mesh, use_mesh, weight_sharding
 
 
 def test_weights_are_split_by_their_named_axes():
@@ -29,7 +29,7 @@ def test_outside_a_mesh_nothing_is_asked():
     x = jax.numpy.ones((4, 6))
     assert constrain(x, "data", "seq") is x
     with use_mesh(data=2, seq=2, strategy="ring"):
-        assert current_strategy() == "ring"
+        assert current_travel().strategy == "ring"
         split = jax.jit(lambda x: constrain(x, "data", "seq"))(x)
         assert split.sharding.spec == jax.P("data", "seq")
-    assert current_strategy() == "all_gather"
+    assert current_travel().strategy == "all_gather"

@@ -13,7 +13,7 @@ import jax
 
 from seqlab.errors import ConfigError, nearest
 from seqlab.parallel import sequence
-from seqlab.parallel.mesh import current_strategy
+from seqlab.parallel.mesh import current_travel
 
 PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 
@@ -51,7 +51,7 @@ class Recurrence:
             if self.transition is None:
                 return sequence.relay(run, tuple(tokens), state)
             stretch = self.transition(*tokens, **options)
-            entering, leaving = sequence.enter(stretch, state, current_strategy())
+            entering, leaving = sequence.enter(stretch, state, current_travel().strategy)
             return run(*tokens, entering)[0], leaving
 
         return sequence.on_mesh(run, shard, tokens, state, weights)

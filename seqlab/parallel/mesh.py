@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -19,7 +20,28 @@ RULES = {"embed": DATA, "heads": MODEL, "ffn": MODEL, "vocab": MODEL, None: None
 #: How states travel along `seq`; `parallel.sequence` has the code.
 STRATEGIES = ("all_gather", "ring")
 
-_strategy = contextvars.ContextVar("strategy", default="all_gather")
+#: How softmax attention sees the keys of other devices along `seq`.
+ATTENTIONS = ("gather_kv",)
+
+
+class Travel(NamedTuple):
+    """How what mixers remember travels along `seq`.
+
+    strategy   of recurrent states, one of STRATEGIES
+    attention  of keys and values, one of ATTENTIONS
+    hops       of the strategy "window": how many devices back a document may have begun
+    blocks     in how many blocks a pipelined strategy cuts the state; None is what suits
+    row        how many devices make a row of the strategy "two_level"; None is what suits
+    """
+
+    strategy: str = "all_gather"
+    attention: str = "gather_kv"
+    hops: int | None = None
+    blocks: int | None = None
+    row: int | None = None
+
+
+_travel = contextvars.ContextVar("travel", default=Travel())
 
 
 def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
@@ -42,28 +64,28 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
 
 
 @contextlib.contextmanager
-def use_mesh(
-    data: int = 1, seq: int = 1, model: int = 1, *, strategy: str = "all_gather"
-) -> Iterator[Mesh]:
+def use_mesh(data: int = 1, seq: int = 1, model: int = 1, **travel: Any) -> Iterator[Mesh]:
     """What is called inside runs sharded: batch over `data`, time over `seq`, heads over `model`.
 
-    `strategy` names how states travel along `seq` (see `sequence.enter`). It is read while tracing,
-    so a function compiled under one strategy keeps it.
+    `travel` are fields of `Travel`, above all `strategy`. They are read while tracing, so a
+    function compiled under one strategy keeps it.
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"There is no strategy {strategy!r}: {nearest(strategy, STRATEGIES)}")
+    chosen = Travel(**travel)
+    for value, known in ((chosen.strategy, STRATEGIES), (chosen.attention, ATTENTIONS)):
+        if value not in known:
+            raise ConfigError(f"There is no strategy {value!r}: {nearest(value, known)}")
     mesh = make_mesh(data, seq, model)
-    token = _strategy.set(strategy)
+    token = _travel.set(chosen)
     try:
         with jax.set_mesh(mesh):
             yield mesh
     finally:
-        _strategy.reset(token)
+        _travel.reset(token)
 
 
-def current_strategy() -> str:
-    """The sequence-parallel strategy chosen by the innermost `use_mesh`."""
-    return _strategy.get()
+def current_travel() -> Travel:
+    """What the innermost `use_mesh` chose."""
+    return _travel.get()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.linear_scan.planes import conj, one_like
 from seqlab.kernels.kept import kept
+from seqlab.kernels.linear_scan.planes import conj, one_like
 from seqlab.kernels.precision import widen
 from seqlab.kernels.transition_scan import one_by_one, side_by_side
 from seqlab.parallel.transitions import Diagonal
