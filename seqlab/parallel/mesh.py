@@ -41,7 +41,8 @@ class Travel(NamedTuple):
     row: int | None = None
 
 
-_travel = contextvars.ContextVar("travel", default=Travel())
+_NOTHING_CHOSEN = Travel()
+_travel = contextvars.ContextVar("travel", default=_NOTHING_CHOSEN)
 
 
 def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
