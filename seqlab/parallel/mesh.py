@@ -17,8 +17,8 @@ DATA, SEQ, MODEL = "data", "seq", "model"  # the mesh axes: they split batch, ti
 #: gathers each layer's when it is used and scatters its gradient.
 RULES = {"embed": DATA, "heads": MODEL, "ffn": MODEL, "vocab": MODEL, None: None}
 
-#: How states travel along `seq`; `parallel.sequence` has the code.
-STRATEGIES = ("all_gather", "ring")
+#: How states travel along `seq`; `parallel.strategies` has the code and what each costs.
+STRATEGIES = ("all_gather", "ring", "all_scan", "doubling", "window", "two_level")
 
 #: How softmax attention sees the keys of other devices along `seq`.
 ATTENTIONS = ("gather_kv",)
@@ -32,6 +32,8 @@ class Travel(NamedTuple):
     hops       of the strategy "window": how many devices back a document may have begun
     blocks     in how many blocks a pipelined strategy cuts the state; None is what suits
     row        how many devices make a row of the strategy "two_level"; None is what suits
+
+    Whatever is not None must be possible on the mesh, also where the strategy has no use for it.
     """
 
     strategy: str = "all_gather"
@@ -39,6 +41,30 @@ class Travel(NamedTuple):
     hops: int | None = None
     blocks: int | None = None
     row: int | None = None
+
+    def check(self, devices: int) -> "Travel":
+        """Itself, if it can be on so many devices along `seq`; else raises ConfigError."""
+        for value, known in ((self.strategy, STRATEGIES), (self.attention, ATTENTIONS)):
+            if value not in known:
+                raise ConfigError(f"There is no strategy {value!r}: {nearest(value, known)}")
+        if self.strategy == "window" and self.hops is None:
+            raise ConfigError(
+                "The strategy 'window' needs hops: one less than the most devices that a document "
+                "may touch."
+            )
+        if self.blocks is not None and self.blocks < 1:
+            raise ConfigError(f"A state cannot be cut in blocks={self.blocks}: take 1 or more.")
+        if devices > 1 and self.hops is not None and not 0 < self.hops < devices:
+            raise ConfigError(
+                f"hops={self.hops} must lie between 1 and {devices - 1} on {devices} devices "
+                "along seq."
+            )
+        if devices > 1 and self.row is not None and (self.row < 1 or devices % self.row):
+            raise ConfigError(
+                f"Rows of row={self.row} devices do not make up the {devices} devices along seq: "
+                "take a divisor."
+            )
+        return self
 
 
 _NOTHING_CHOSEN = Travel()
@@ -71,10 +97,7 @@ def use_mesh(data: int = 1, seq: int = 1, model: int = 1, **travel: Any) -> Iter
     `travel` are fields of `Travel`, above all `strategy`. They are read while tracing, so a
     function compiled under one strategy keeps it.
     """
-    chosen = Travel(**travel)
-    for value, known in ((chosen.strategy, STRATEGIES), (chosen.attention, ATTENTIONS)):
-        if value not in known:
-            raise ConfigError(f"There is no strategy {value!r}: {nearest(value, known)}")
+    chosen = Travel(**travel).check(seq)
     mesh = make_mesh(data, seq, model)
     token = _travel.set(chosen)
     try:
