@@ -40,6 +40,8 @@ def test_each_formula_by_hand():
     nodes = dataclasses.replace(plain, between=cost.Tier(0, 0.5), node=4)
     assert time("ring", link=nodes) == 6 * 64 + 128
     assert time("ring", devices=4, link=nodes) == 3 * 64
+    assert time("all_scan", link=nodes, blocks=4) == 6 * 16 + 32 + 3 * 32
+    assert time("doubling", link=nodes) == 3 * 160 + 128
 
 
 @pytest.mark.parametrize("name", EXACT)

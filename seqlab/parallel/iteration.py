@@ -57,7 +57,7 @@ def hides(work: Workload, tokens: int, link: Link) -> float:
 def iteration(
     strategy: str, work: Workload, tokens: int, devices: int, link: Link, *, overlap: bool = True
 ) -> float:
-    """Seconds of an iteration, `tokens` on each device; without overlap all travel is waited for."""
+    """Seconds, with `tokens` on each device; without overlap all travel is waited for."""
     travel = seconds(strategy, work.state_bytes, work.transition_bytes, devices, link)
     hidden = hides(work, tokens, link) if overlap else 0.0
     return compute(work, tokens, link) + 2 * work.layers * max(0.0, travel - hidden)
