@@ -51,6 +51,11 @@ def as_one(f: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
     return restored(f(flat))
 
 
+def size_of(tree: Any) -> int:
+    """Bytes."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
 class Cut(NamedTuple):
     """How arrays are cut in `count` blocks along `axis`, which is counted from the end."""
 

@@ -17,8 +17,9 @@ DATA, SEQ, MODEL = "data", "seq", "model"  # the mesh axes: they split batch, ti
 #: gathers each layer's when it is used and scatters its gradient.
 RULES = {"embed": DATA, "heads": MODEL, "ffn": MODEL, "vocab": MODEL, None: None}
 
-#: How states travel along `seq`; `parallel.strategies` has the code and what each costs.
-STRATEGIES = ("all_gather", "ring", "all_scan", "doubling", "window", "two_level")
+#: How states travel along `seq`; `parallel.strategies` has the code and what each costs. "auto" is
+#: what the cost model (`parallel.cost`) thinks fastest for the state's size and these devices.
+STRATEGIES = ("all_gather", "ring", "all_scan", "doubling", "window", "two_level", "auto")
 
 #: How softmax attention sees the keys of other devices along `seq`.
 ATTENTIONS = ("gather_kv",)

@@ -11,7 +11,8 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from seqlab.parallel.lines import Lines, as_one
+from seqlab.parallel import cost
+from seqlab.parallel.lines import Lines, as_one, size_of
 from seqlab.parallel.mesh import DATA, MODEL, SEQ, Travel
 from seqlab.parallel.strategies import all_gather, all_scan, doubling, ring, window
 from seqlab.parallel.two_level import two_level
@@ -41,13 +42,15 @@ def enter(transition: Any, state: State, travel: Travel) -> tuple[State, State]:
     """
     numbers = jax.tree.leaves((transition, state))
     wide = jnp.result_type(jnp.float32, *(a.dtype for a in numbers))
-    widened = lambda tree: jax.tree.map(lambda a: a.astype(wide), tree)
+    given, widened = state, lambda tree: jax.tree.map(lambda a: a.astype(wide), tree)
     transition = jax.tree.map(lambda a: _varying(a, SEQ), widened(transition))
+    state = widened(state)
+    travel = _decided(travel, size_of(state), size_of(transition) - size_of(state))
     if hasattr(transition, "turned"):
-        results = _enter(travel, False, transition, widened(state))
+        results = _enter(travel, False, transition, state)
     else:
-        results = _carried(travel, False, *lax.stop_gradient((transition, widened(state))))
-    as_given = lambda tree: jax.tree.map(lambda a, s: a.astype(s.dtype), tree, state)
+        results = _carried(travel, False, *lax.stop_gradient((transition, state)))
+    as_given = lambda tree: jax.tree.map(lambda a, s: a.astype(s.dtype), tree, given)
     return as_given(results[0]), as_given(results[1])
 
 
@@ -82,6 +85,20 @@ def _carried(travel: Travel, against_time: bool, transition, state):
     return entering, _of(line.last, transition(entering))
 
 
+def _decided(travel: Travel, state_bytes: int, transition_bytes: int) -> Travel:
+    """With the strategy "auto", what the cost model chooses for these sizes."""
+    if travel.strategy != "auto":
+        return travel
+    choice = cost.choose(state_bytes, transition_bytes, lax.axis_size(SEQ))
+    _once(logging.INFO, f"States of {state_bytes} bytes travel by {choice.why}.")
+    return travel._replace(strategy=choice.strategy)
+
+
+@functools.cache
+def _once(level: int, message: str) -> None:
+    logging.getLogger("seqlab").log(level, message)
+
+
 def total(transition: Any) -> State:
     """Inside a shard: the sum of what all shards write, on each of them.
 
@@ -90,17 +107,6 @@ def total(transition: Any) -> State:
     """
     written = jax.tree.map(lambda a: _varying(a, SEQ), transition.update)
     return as_one(lambda a: lax.psum(a, SEQ), written)
-
-
-def relay(run: Callable, tokens: tuple, state: State) -> tuple[Any, State]:
-    """Shard after shard, for recurrences with no transition: exact for anything, no speed-up."""
-    y = None
-    for shard in range(lax.axis_size(SEQ)):
-        y_here, leaving = run(*tokens, jax.tree.map(lambda a: _varying(a, SEQ), state))
-        mine = lax.axis_index(SEQ) == shard
-        y = y_here if y is None else jax.tree.map(lambda a, b: jnp.where(mine, a, b), y_here, y)
-        state = _of(mine, leaving)
-    return y, state
 
 
 def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State, weights: tuple = ()):

@@ -25,12 +25,9 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from seqlab.errors import ConfigError
-from seqlab.parallel.lines import Cut, Lines, divisible, pipelined
+from seqlab.parallel import cost
+from seqlab.parallel.lines import Cut, Lines, divisible, pipelined, size_of
 from seqlab.parallel.mesh import SEQ, Travel
-
-#: What one link carries in the time that a message waits for nothing but to be sent and received:
-#: 2 to 5 microseconds at 90 to 200 gigabytes a second.
-BYTES_IN_FLIGHT = 2**18
 
 #: Memory is laid out in tiles of this many rows and columns on a TPU: blocks keep them whole.
 TILE = {-1: 128, -2: 8}
@@ -88,8 +85,8 @@ def window(stretch, state, line: Lines, travel: Travel):
 
 
 def blocks_for(stretch, message, devices: int, wanted: int | None) -> Cut:
-    """How to cut what is sent: in as many blocks as wanted, else in about as many as take least
-    time, sqrt(bytes (P - 2) / bytes in flight), along the first axis that allows it."""
+    """How to cut what is sent: in as many blocks as wanted, else in about as many as the cost model
+    thinks best; along the first axis that allows it."""
     limits = divisible(stretch, message)
     if wanted is not None:
         for axis, limit in limits.items():
@@ -100,8 +97,7 @@ def blocks_for(stretch, message, devices: int, wanted: int | None) -> Cut:
             f"{list(jax.tree.leaves(message)[-1].shape)}: take a divisor of one of "
             f"{sorted(set(limits.values()))}, or leave blocks out."
         )
-    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(message))
-    ideal = max(1.0, math.sqrt(size * max(devices - 2, 0) / BYTES_IN_FLIGHT))
+    ideal = cost.best_blocks(size_of(message), devices, cost.this_link())
     found = [Cut(axis, n) for axis, limit in limits.items() for n in _counts(axis, limit)]
     return min(found, key=lambda cut: abs(math.log(cut.count / ideal)))
 

@@ -17,14 +17,13 @@ Parts run there and back: on a line laid as a snake, the device below is not the
 place in the next row but with the mirrored one. So each hop is one link.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from seqlab.parallel.lines import Cut, Lines, divisible, pipelined
+from seqlab.parallel import cost
+from seqlab.parallel.lines import Cut, Lines, divisible, pipelined, size_of
 from seqlab.parallel.mesh import SEQ, Travel
 from seqlab.parallel.strategies import all_scan, blocks_for, ring
 from seqlab.parallel.transitions import differing
@@ -32,7 +31,8 @@ from seqlab.parallel.transitions import differing
 
 def two_level(stretch, state, line: Lines, travel: Travel):
     """All-Scan in rows, a ring across them; `travel.row` devices make a row."""
-    devices, length = line.lines[0], travel.row or row_length(line.size)
+    devices, sent = line.lines[0], size_of(state)
+    length = travel.row or row_length(sent, size_of(stretch) - sent, line.size)
     if length in (1, line.size):
         return all_scan(stretch, state, line, travel)
     rows = [devices[i : i + length] for i in range(0, line.size, length)]
@@ -43,14 +43,15 @@ def two_level(stretch, state, line: Lines, travel: Travel):
     return _where(row.first, entering, before(entering))
 
 
-def row_length(devices: int) -> int:
-    """How many devices make a row: what each process has, if several share them evenly, else the
-    divisor nearest to the square root."""
-    own, processes = jax.local_device_count(), jax.process_count()
-    if processes > 1 and devices % own == 0 and 1 < own < devices:
+def row_length(state_bytes: int, transition_bytes: int, devices: int) -> int:
+    """How many devices make a row: those of a process, if several processes share them evenly, else
+    what the cost model thinks best. 1 if they make no rows."""
+    own = jax.local_device_count()
+    if jax.process_count() > 1 and 1 < own < devices and devices % own == 0:
         return own
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    return min(divisors, key=lambda n: abs(math.log(n * n / devices)))
+    if not cost.rows(devices):
+        return 1
+    return cost.best_row(state_bytes, transition_bytes, devices, cost.this_link())
 
 
 def _before_in_row(stretch, row: Lines, travel: Travel):
