@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from seqlab.errors import ConfigError, nearest
+from seqlab.parallel.torus import laid, located
 
 DATA, SEQ, MODEL = "data", "seq", "model"  # the mesh axes: they split batch, time, heads
 
@@ -72,23 +73,26 @@ _NOTHING_CHOSEN = Travel()
 _travel = contextvars.ContextVar("travel", default=_NOTHING_CHOSEN)
 
 
-def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
-    """A mesh over the first data * seq * model devices.
+def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices: Any = None) -> Mesh:
+    """A mesh over the first data * seq * model devices, of those given or else of all.
 
-    Axes are Auto: XLA places everything that is not written by hand with shard_map. Raises
-    ConfigError if there are fewer devices than that.
+    Where devices say where they are (TPUs do), consecutive ones along seq are one link apart. Axes
+    are Auto: XLA places everything that is not written by hand with shard_map. Raises ConfigError
+    if there are fewer devices than that.
     """
     if min(data, seq, model) < 1:
         raise ConfigError(f"The mesh data={data} x seq={seq} x model={model} has an axis below 1.")
-    need, devices = data * seq * model, jax.devices()
+    need, devices = data * seq * model, list(devices or jax.devices())
     if need > len(devices):
         raise ConfigError(
             f"The mesh data={data} x seq={seq} x model={model} needs {need} devices but this "
             f"machine has {len(devices)}: make the mesh smaller, or, to try it on a CPU, set "
             f"JAX_NUM_CPU_DEVICES={need}."
         )
-    axes = (AxisType.Auto,) * 3
-    return jax.make_mesh((data, seq, model), (DATA, SEQ, MODEL), axes, devices=devices[:need])
+    names, axes = (DATA, SEQ, MODEL), (AxisType.Auto,) * 3
+    if seq > 1 and all(map(located, devices)):
+        return Mesh(laid(devices, data, seq, model), names, axis_types=axes)
+    return jax.make_mesh((data, seq, model), names, axes, devices=devices[:need])
 
 
 @contextlib.contextmanager

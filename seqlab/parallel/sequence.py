@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +19,10 @@ from seqlab.parallel.strategies import all_gather, all_scan, doubling, ring, win
 from seqlab.parallel.two_level import two_level
 
 State = Any
+
+#: The name of the state that enters a shard, for policies of `jax.checkpoint`: saving it is cheaper
+#: than having it travel again.
+ENTERING = "entering"
 
 _STRATEGIES = {
     "all_gather": all_gather,
@@ -34,7 +39,7 @@ def enter(transition: Any, state: State, travel: Travel) -> tuple[State, State]:
 
     transition  what this shard's tokens do to a state (see `parallel.transitions`)
     state       the state before the whole sequence, the same on every shard
-    travel      what the mesh was made with: the strategy (see `parallel.strategies`) and its options
+    travel      the strategy (see `parallel.strategies`) and its options
 
     Numbers travel and are folded in float32, or wider if any of them is. The backward pass is the
     same strategy walked against time, with the transition turned; it keeps the state that enters
@@ -61,6 +66,7 @@ def _enter(travel: Travel, against_time: bool, transition, state):
 
 def _forward(travel, against_time, transition, state):
     entering, leaving = _carried(travel, against_time, transition, state)
+    entering = jax.tree.map(lambda a: checkpoint_name(a, ENTERING), entering)
     return (entering, leaving), (transition._replace(update=None), entering)
 
 

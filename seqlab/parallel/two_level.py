@@ -70,44 +70,32 @@ def _before_in_row(stretch, row: Lines, travel: Travel):
 def _across(total, state, rows, travel: Travel):
     """The state that enters each row, from what rows do to states (zero but on one device)."""
     length, groups = len(rows[0]), [list(row) for row in rows]
-    lane = Lines(tuple(zip(*rows, strict=True)))
-    part = Lines(rows).index
+    lane, part = Lines(tuple(zip(*rows, strict=True))), Lines(rows).index
     axis = next((a for a, n in divisible(total, state).items() if n % length == 0), None)
-    if axis is None:
-        return ring(_told(total, groups), state, lane, travel)
-    parts = Cut(axis, length)
-    mine = jax.tree.map(
-        lambda a, cut: _scattered(a, groups, axis) if cut else _told(a, groups),
-        total,
-        total.cut(axis),
-    )
+    if axis is None:  # every device of a row carries the whole state
+        mine = _shared_out([total] * length, groups)
+        return ring(mine, state, lane, travel)
+    parts, cut = Cut(axis, length), total.cut(axis)
+    mine = _shared_out([parts.block(total, cut, i) for i in range(length)], groups)
     everything = jax.tree.map(lambda _: True, state)
     entering = ring(mine, parts.block(state, everything, part), lane, travel)
-    gather = lambda a: lax.all_gather(
-        a, SEQ, axis_index_groups=groups, axis=a.ndim + axis, tiled=True
-    )
-    return jax.tree.map(gather, entering)
+
+    def gathered(a):
+        along = a.ndim + axis
+        return lax.all_gather(a, SEQ, axis_index_groups=groups, axis=along, tiled=True)
+
+    return jax.tree.map(gathered, entering)
 
 
 def _there_and_back(rows):
     return [row if i % 2 == 0 else row[::-1] for i, row in enumerate(rows)]
 
 
-def _scattered(a, groups, axis: int):
-    return lax.psum_scatter(
-        a, SEQ, axis_index_groups=groups, scatter_dimension=a.ndim + axis, tiled=True
-    )
-
-
-def _told(tree, groups):
-    """The sum over the group, to all of it: what a psum is, which has no groups under shard_map."""
-    flat, restored = ravel_pytree(tree)
-    size = len(groups[0])
-    padded = jnp.pad(flat, (0, -flat.size % size))
-    whole = lax.all_gather(
-        _scattered(padded, groups, -1), SEQ, axis_index_groups=groups, tiled=True
-    )
-    return restored(whole[: flat.size])
+def _shared_out(parts, groups):
+    """Part i, summed over the group, on its i-th device: one reduce-scatter."""
+    flat = jnp.stack([ravel_pytree(part)[0] for part in parts])
+    mine = lax.psum_scatter(flat, SEQ, axis_index_groups=groups)
+    return ravel_pytree(parts[0])[1](mine)
 
 
 def _where(condition, yes, no):
