@@ -24,6 +24,11 @@ State = Any
 #: than having it travel again.
 ENTERING = "entering"
 
+_UNEVEN = (
+    "{} tokens do not divide evenly over the {} devices of the mesh axis seq: the last {} run on "
+    "all of them; a length of {} or {} is faster."
+)
+
 _STRATEGIES = {
     "all_gather": all_gather,
     "ring": ring,
@@ -118,14 +123,26 @@ def total(transition: Any) -> State:
 def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State, weights: tuple = ()):
     """Run f(*tokens, *weights, state) -> (y, state) by hand over the ambient mesh, if there is one.
 
-    Tokens are [B, T, heads, ...], weights [heads, ...] and the state is [B, heads, ...]. An axis
-    that does not divide evenly stays whole; tokens with a single head are shared by all heads, if
-    there are several.
+    Tokens are [B, T, heads, ...], weights [heads, ...] and the state is [B, heads, ...]. A batch or
+    heads that do not divide evenly stay whole; tokens with a single head are shared by all heads,
+    if there are several. Of T tokens as many as divide evenly are split, and those that are left
+    run on every device after them: exact, and said once, because it costs time.
     `shard` runs where time is split, `whole` where it is not.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
         return whole(*tokens, *weights, state)
+    length, devices = jax.tree.leaves(tokens)[0].shape[1], mesh.shape[SEQ]
+    if length > devices and length % devices:
+        even = length - length % devices
+        _once(logging.WARNING, _UNEVEN.format(length, devices, length - even, even, even + devices))
+        first, left = (
+            jax.tree.map(lambda a: a[:, :even], tokens),
+            jax.tree.map(lambda a: a[:, even:], tokens),
+        )
+        y, state = on_mesh(whole, shard, first, state, weights)
+        y_left, state = on_mesh(whole, shard, left, state, weights)
+        return jax.tree.map(lambda *a: jnp.concatenate(a, 1), y, y_left), state
 
     def split(axis: str, dim: int, shared: tuple[int, ...] = ()):
         sizes = {a.shape[dim] for a in jax.tree.leaves(tokens) if a.ndim > dim}
