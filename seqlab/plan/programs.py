@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqlab.infer import decode
 from seqlab.infer.decode import Carry
+from seqlab.infer.sample import row_keys
 from seqlab.models.lm import LM
 from seqlab.models.parameters import decays
 from seqlab.parallel.mesh import DATA, Travel, use_mesh
@@ -53,10 +54,12 @@ class Memory(NamedTuple):
 
 class Program(NamedTuple):
     """A compiled program and how many tokens it takes; `memory` is None where the compiler found
-    no way to fit it, and `needed` is then what it needed."""
+    no way to fit it, and `needed` is then what it needed. `fixed` are bytes that no batch changes:
+    weights, moments and gradients."""
 
     name: str
     tokens: int
+    fixed: int
     memory: Memory | None
     needed: float
     schedule: Schedule | None
@@ -110,7 +113,7 @@ def decoding(config: Config, mesh: Mesh) -> Program:
         structure, params, carry = _generating(config, mesh)
         B = config.data.batch
         row = _array((B,), jnp.int32, mesh)
-        keys = _array((B,), jax.random.key(0).dtype, mesh)
+        keys = _array((B,), jax.eval_shape(lambda: row_keys(0, B)).dtype, mesh)
         stop = _array((0,), jnp.int32, mesh)
         arguments = (structure, params, carry, row, row, row, keys, stop, {})
         make = lambda: decode.decode.lower(*arguments, top_k=None, block=1)
@@ -146,6 +149,8 @@ def _array(shape, dtype, mesh: Mesh, *axes: str | None) -> jax.ShapeDtypeStruct:
 
 
 def _compile(name: str, tokens: int, lower: Callable, params: Any, optimizer: Any = ()) -> Program:
+    weights, moments = shard_bytes(params), shard_bytes(optimizer)
+    fixed = weights + moments + (weights if moments else 0)
     began = time.monotonic()
     try:
         compiled = lower().compile(compiler_options=OPTIONS)
@@ -153,10 +158,9 @@ def _compile(name: str, tokens: int, lower: Callable, params: Any, optimizer: An
         needed = _needed(str(error))
         if needed is None:
             raise
-        return Program(name, tokens, None, needed, None, time.monotonic() - began)
+        return Program(name, tokens, fixed, None, needed, None, time.monotonic() - began)
     took = time.monotonic() - began
     stats = compiled.memory_analysis()
-    weights, moments = _bytes(params), _bytes(optimizer)
     memory = Memory(
         parameters=weights,
         optimizer=moments,
@@ -165,7 +169,7 @@ def _compile(name: str, tokens: int, lower: Callable, params: Any, optimizer: An
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    return Program(name, tokens, memory, memory.total, read(compiled.as_text()), took)
+    return Program(name, tokens, fixed, memory, memory.total, read(compiled.as_text()), took)
 
 
 def _needed(message: str) -> float | None:
@@ -174,8 +178,8 @@ def _needed(message: str) -> float | None:
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 
-def _bytes(tree: Any) -> int:
-    """Of the shards that one device holds."""
+def shard_bytes(tree: Any) -> int:
+    """Of the shards of its leaves that one device holds."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

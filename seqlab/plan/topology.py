@@ -48,7 +48,16 @@ DEVICES = {
     "b200": Device(180e9, 2250e12, 8000e9, "h100"),
 }
 #: Known ones, a shape each; a TPU of three dimensions is a torus of chips.
-EXAMPLES = ("v5e:4x4", "v5p:4x4x4", "v6e:8x8", "tpu7x:4x4x4", "a100:8", "h100:64", "h200:8", "b200:8")
+EXAMPLES = (
+    "v5e:4x4",
+    "v5p:4x4x4",
+    "v6e:8x8",
+    "tpu7x:4x4x4",
+    "a100:8",
+    "h100:64",
+    "h200:8",
+    "b200:8",
+)
 
 
 class Topology(NamedTuple):
