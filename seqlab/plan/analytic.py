@@ -76,7 +76,12 @@ def _residuals(config: Config, length: int) -> int:
     row = jax.ShapeDtypeStruct((config.data.batch, length + 1), jnp.int32)
     pull_back = lambda params, batch: jax.vjp(lambda p: loss(bind(model, p), batch).nats, params)[1]
     residuals = jax.eval_shape(pull_back, parameters(model), Batch(row, row))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+    c = config.model
+    split = config.mesh.model if c.vocab % config.mesh.model == 0 else 1  # of logits
+    return sum(
+        leaf.size * leaf.dtype.itemsize // (split if c.vocab in leaf.shape else 1)
+        for leaf in jax.tree.leaves(residuals)
+    )
 
 
 def _times(config: Config, there: Topology) -> dict[str, float]:

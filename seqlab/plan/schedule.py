@@ -78,9 +78,8 @@ def read(text: str) -> Schedule:
     program = _Program(text)
     collectives, cycles = [], 0
     for name, times in program.runs().items():
-        instructions = program.computations[name]
-        collectives += program.collectives(instructions, times)
-        cycles += times * sum(map(_cycles, instructions))
+        collectives += program.collectives(program.computations[name], times)
+        cycles += times * program.cycles(name)
     return Schedule(tuple(collectives), cycles)
 
 
@@ -97,17 +96,23 @@ class _Program:
         self.inside = functools.cache(self._inside)
 
     def runs(self) -> dict[str, int]:
-        """How often each scheduled computation runs. Of a conditional's branches all count."""
+        """How often each scheduled computation runs. Of a conditional's branches the longest."""
         runs: dict[str, int] = collections.Counter({self.entry: 1})
         queue = [(self.entry, 1)]
         while queue:
             name, times = queue.pop()
             for i in self.computations[name]:
                 inner = times * (self._trips(i) if i.op == "while" else 1)
-                for called in _scheduled(i):
-                    runs[called] += inner
-                    queue.append((called, inner))
+                called = _scheduled(i)
+                if i.op == "conditional":
+                    called = [max(called, key=self.cycles)]
+                for computation in called:
+                    runs[computation] += inner
+                    queue.append((computation, inner))
         return runs
+
+    def cycles(self, computation: str) -> int:
+        return sum(map(_cycles, self.computations[computation]))
 
     def collectives(self, instructions: list[_Instruction], times: int) -> list[Collective]:
         """Those of one computation; one that is spread over several instructions (a start, others
