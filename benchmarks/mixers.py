@@ -73,7 +73,7 @@ def against_transformers() -> list[dict]:
         ours = published.our_passes(pair.ours, B, length)
         theirs = published.their_passes(pair.theirs, B, length)
         rows += [
-            raced(name, "transformers", what, length, ours[what], theirs[what]) for what in ours
+            raced(name, "transformers", what, length, ours[what], theirs[what]) for what in theirs
         ]
     return rows
 
