@@ -52,7 +52,7 @@ def test_a_plan_counts_what_a_device_holds(tiny):
 @libtpu
 def test_a_plan_counts_what_crosses_devices(tiny):
     prefill = {c["kind"]: c for c in tiny["programs"][1]["collectives"]}
-    state = 2 * 2 * 16 * 16 * 4  # B H K V of float32
+    state = 2 * 2 * 16 * 16 * 4  # B, H, K, V of float32
     gathered = 3 / 4 * 4 * state  # from three others; the decays beside it are a few bytes
     assert gathered <= prefill["all-gather"]["sent"] <= 1.05 * gathered
     assert prefill["all-gather"]["count"] == 2

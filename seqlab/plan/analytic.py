@@ -73,7 +73,7 @@ def kept(config: Config) -> float:
 
 def _residuals(config: Config, length: int) -> int:
     model = config.model.skeleton()
-    row = jax.ShapeDtypeStruct((config.data.batch, length + 1), jnp.int32)
+    row: Any = jax.ShapeDtypeStruct((config.data.batch, length + 1), jnp.int32)
     pull_back = lambda params, batch: jax.vjp(lambda p: loss(bind(model, p), batch).nats, params)[1]
     residuals = jax.eval_shape(pull_back, parameters(model), Batch(row, row))
     c = config.model

@@ -24,7 +24,7 @@ def products(f: Callable, *args: Any) -> int:
 def forward(config: Config) -> int:
     """Of one batch's loss, over all devices."""
     model = config.model.skeleton()
-    row = jax.ShapeDtypeStruct((config.data.batch, config.data.length + 1), jnp.int32)
+    row: Any = jax.ShapeDtypeStruct((config.data.batch, config.data.length + 1), jnp.int32)
     nats = lambda params, batch: loss(bind(model, params), batch).nats
     return products(nats, parameters(model), Batch(row, row))
 

@@ -34,6 +34,7 @@ OPTIONS = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
 }
+BLOCK = 64  # tokens of a row that generation decodes in one call, as `infer.Session` does
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -108,7 +109,7 @@ def prefill(config: Config, mesh: Mesh) -> Program:
 
 
 def decoding(config: Config, mesh: Mesh) -> Program:
-    """A greedy token for every row of a batch."""
+    """A block of greedy tokens for every row of a batch."""
     with _running_on(mesh, config):
         structure, params, carry = _generating(config, mesh)
         B = config.data.batch
@@ -116,8 +117,8 @@ def decoding(config: Config, mesh: Mesh) -> Program:
         keys = _array((B,), jax.eval_shape(lambda: row_keys(0, B)).dtype, mesh)
         stop = _array((0,), jnp.int32, mesh)
         arguments = (structure, params, carry, row, row, row, keys, stop, {})
-        make = lambda: decode.decode.lower(*arguments, top_k=None, block=1)
-        return _compile("decode", B, make, params)
+        make = lambda: decode.decode.lower(*arguments, top_k=None, block=BLOCK)
+        return _compile("decode", B * BLOCK, make, params)
 
 
 @contextlib.contextmanager
@@ -142,7 +143,7 @@ def _generating(config: Config, mesh: Mesh) -> tuple[Any, dict, Carry]:
     return jax.tree.structure(model), params, Carry(state, logits)
 
 
-def _array(shape, dtype, mesh: Mesh, *axes: str | None) -> jax.ShapeDtypeStruct:
+def _array(shape, dtype, mesh: Mesh, *axes: str | None) -> Any:
     """A shape split over mesh axes, those that divide it."""
     fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=False)]
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*fits)))

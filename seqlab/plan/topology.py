@@ -118,7 +118,7 @@ def _examples() -> str:
     return ", ".join(EXAMPLES)
 
 
-def _tpu_devices(name: str) -> list[jax.Device]:
+def _tpu_devices(name: str) -> list:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "Plans for TPUs need libtpu, which compiles for them: pip install 'seqlab[plan]'."
@@ -142,7 +142,7 @@ def _tpu_devices(name: str) -> list[jax.Device]:
         ) from None
 
 
-def snake(devices: list[jax.Device]) -> tuple[jax.Device, ...]:
+def snake(devices: list) -> tuple:
     """There and back along x, then y, then z: each device is one link away from the next."""
 
     def place(device):
