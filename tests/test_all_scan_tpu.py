@@ -1,0 +1,67 @@
+"""All-Scan by remote copies: interpreted with a detector of races, and compiled for TPUs."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import P
+from jax.experimental.pallas import tpu as pltpu
+
+from seqlab.conformance import tolerance
+from seqlab.parallel import all_scan_tpu
+from seqlab.parallel.all_scan_tpu import all_scan
+from seqlab.parallel.mesh import make_mesh
+from seqlab.plan import topology
+
+
+def fold(decay, update, state, reverse):
+    """What enters each device of a row [devices, ...], in a loop."""
+    entering, order = np.zeros_like(update), range(len(update))
+    for device in reversed(order) if reverse else order:
+        entering[device] = state
+        state = decay[device] * state + update[device]
+    return entering
+
+
+def draws(data, devices, shape, wide=False):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    decay = rng.uniform(0, 1, (data, devices, *shape[:-1], shape[-1] if wide else 1))
+    return decay.astype(np.float32), draw(data, devices, *shape), draw(data, *shape)
+
+
+def on(mesh, **options):
+    """all_scan on a mesh: decay and update [data, seq, ...], state [data, ...]."""
+    local = lambda a, b, s: all_scan(a[0, 0], b[0, 0], s[0], axis="seq", **options)[None, None]
+    shards = P("data", "seq")
+    specs = {"in_specs": (shards, shards, P("data")), "out_specs": shards}
+    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+
+
+@pytest.fixture
+def races(capfd):
+    """Whether the interpreter's detector has reported any."""
+    yield lambda: "RACE" in capfd.readouterr().out.upper()
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize(
+    "data, devices, shape, reverse, when",
+    [
+        (1, 8, (2, 16, 24), False, "on_wait"),
+        (1, 4, (1, 16, 24), True, "eager"),
+        (2, 4, (1, 16, 24), True, "on_wait"),
+        (2, 2, (1, 16, 24), False, "eager"),
+    ],
+)
+def test_remote_copies_carry_what_a_fold_does(races, data, devices, shape, reverse, when):
+    decay, update, state = draws(data, devices, shape)
+    interpret = pltpu.InterpretParams(dma_execution_mode=when, detect_races=True)
+    mesh = make_mesh(data=data, seq=devices)
+    run = jax.jit(on(mesh, reverse=reverse, blocks=2, interpret=interpret))
+    there = [fold(*row, reverse) for row in zip(decay, update, state, strict=True)]
+    tolerance.assert_close(run(decay, update, state), np.stack(there))
+    assert not races()
