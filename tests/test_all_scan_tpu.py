@@ -1,7 +1,7 @@
 """All-Scan by remote copies: interpreted with a detector of races, and compiled for TPUs."""
 
-import functools
 import importlib.util
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from seqlab.conformance import tolerance
 from seqlab.parallel import all_scan_tpu
 from seqlab.parallel.all_scan_tpu import all_scan
 from seqlab.parallel.mesh import make_mesh
-from seqlab.plan import topology
+from seqlab.plan import schedule, topology
 
 
 def fold(decay, update, state, reverse):
@@ -65,3 +65,43 @@ def test_remote_copies_carry_what_a_fold_does(races, data, devices, shape, rever
     there = [fold(*row, reverse) for row in zip(decay, update, state, strict=True)]
     tolerance.assert_close(run(decay, update, state), np.stack(there))
     assert not races()
+
+
+def test_a_race_would_be_seen(races, monkeypatch):
+    """The same, where the device in the middle does not wait for what comes in."""
+    copy = all_scan_tpu._copy
+
+    def hasty(*arguments):
+        made = copy(*arguments)
+        return SimpleNamespace(start=made.start, wait_send=made.wait_send, wait_recv=lambda: None)
+
+    monkeypatch.setattr(all_scan_tpu, "_copy", hasty)
+    interpret = pltpu.InterpretParams(dma_execution_mode="eager", detect_races=True)
+    run = jax.jit(on(make_mesh(seq=3), blocks=1, interpret=interpret))
+    jax.block_until_ready(run(*draws(1, 3, (1, 8, 8))))
+    assert races()
+
+
+def test_wide_states_and_decays_of_single_elements_go_too(monkeypatch):
+    monkeypatch.setattr(all_scan_tpu, "VMEM", 40_000)
+    assert all_scan_tpu.groups(48, 256 + 4 * 256, blocks=1) == (6, 8)
+    decay, update, state = draws(1, 2, (2, 20, 130), wide=True)
+    run = jax.jit(on(make_mesh(seq=2), blocks=1, interpret=pltpu.InterpretParams()))
+    expected = fold(decay[0], update[0], state[0], False)
+    tolerance.assert_close(run(decay, update, state), expected[None])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles with libtpu")
+@pytest.mark.parametrize("name, sizes", [("v5e:4x4", (2, 8, 1)), ("v5p:4x4x4", (1, 64, 1))])
+def test_it_compiles_for_tpus(name, sizes):
+    mesh = topology.parse(name).mesh(*sizes)
+    data, seq, _ = sizes
+    shape = lambda *shape, axes: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=jax.NamedSharding(mesh, P(*axes))
+    )
+    decay = shape(data, seq, 4, 128, 1, axes=("data", "seq"))
+    update = shape(data, seq, 4, 128, 128, axes=("data", "seq"))
+    state = shape(data, 4, 128, 128, axes=("data",))
+    program = jax.jit(on(mesh, reverse=seq == 64)).lower(decay, update, state).compile()
+    assert 'custom_call_target="tpu_custom_call"' in program.as_text()
+    assert schedule.read(program.as_text()).collectives == ()  # the kernel does it all
