@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import P
+from jax import P, lax
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.conformance import tolerance
@@ -35,10 +35,15 @@ def draws(data, devices, shape, wide=False):
 
 def on(mesh, **options):
     """all_scan on a mesh: decay and update [data, seq, ...], state [data, ...]."""
-    local = lambda a, b, s: all_scan(a[0, 0], b[0, 0], s[0], axis="seq", **options)[None, None]
+    checked = "interpret" not in options  # the interpreter does not speak of what varies
+
+    def local(a, b, s):
+        s = lax.pcast(s[0], "seq", to="varying") if checked else s[0]
+        return all_scan(a[0, 0], b[0, 0], s, axis="seq", **options)[None, None]
+
     shards = P("data", "seq")
     specs = {"in_specs": (shards, shards, P("data")), "out_specs": shards}
-    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+    return jax.shard_map(local, mesh=mesh, check_vma=checked, **specs)
 
 
 @pytest.fixture

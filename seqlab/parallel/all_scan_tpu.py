@@ -32,14 +32,14 @@ def all_scan(
     interpret: Any = False,
 ) -> jax.Array:
     """The state that enters this device, when device r makes decay * state + update of what
-    enters it. Inside a shard_map over all axes of its mesh, without `check_vma`.
+    enters it. Inside a shard_map over all axes of its mesh, where all three vary alike.
 
     decay      [..., K, 1], or of the update's shape: this device's; float32
     update     [..., K, V] float32
     state      [..., K, V] float32: what enters the first device (the last one, if `reverse`);
                on others its values do not matter
     blocks     in how many the state is cut; fewer where a block would be less than a tile
-    interpret  `pltpu.InterpretParams()` runs it on any machine
+    interpret  `pltpu.InterpretParams()` runs it on any machine, without `check_vma`
 
     A state too wide for a device's vector memory goes in several kernels, one after the other.
     """
@@ -71,11 +71,12 @@ def groups(rows: int, columns: int, blocks: int) -> tuple[int, int]:
 
 
 def _kernel_call(decay, update, state, axis, reverse, blocks, interpret):
+    varies = jax.typeof(update).manual_axis_type  # as the types of shard_map ask for
     vector = pl.BlockSpec(memory_space=pltpu.VMEM)
     semaphores = pltpu.SemaphoreType.DMA((blocks,))
     return pl.pallas_call(
         functools.partial(_kernel, axis=axis, reverse=reverse, blocks=blocks),
-        out_shape=jax.ShapeDtypeStruct(update.shape, update.dtype),
+        out_shape=jax.ShapeDtypeStruct(update.shape, update.dtype, manual_axis_type=varies),
         in_specs=[vector] * 3,
         out_specs=vector,
         scratch_shapes=[pltpu.VMEM(update.shape, update.dtype), semaphores, semaphores],
