@@ -17,6 +17,7 @@ With P devices, a state of S bytes and transitions that have A bytes beside it, 
     two_level   see `parallel.two_level`
 """
 
+import functools
 import math
 
 import jax
@@ -36,14 +37,23 @@ TILE = {-1: 128, -2: 8}
 def all_gather(stretch, state, line: Lines, travel: Travel):
     """LASP-2 (Sun et al., 2025): one collective, then everyone folds the transitions before it."""
     flat, restored = ravel_pytree(stretch)  # one buffer: one collective
-    everyone, me = lax.all_gather(flat, SEQ), lax.axis_index(SEQ)
 
-    def step(carry, device):
-        state, mine = carry
-        mine = jax.tree.map(lambda s, m: jnp.where(device == me, s, m), state, mine)
-        return (restored(everyone[device])(state), mine), None
+    def folded(flat, state, tile):
+        padded = jnp.pad(flat, (0, -flat.size % tile)).reshape(-1, min(tile, TILE[-1]))
+        everyone, me = lax.all_gather(padded, SEQ), lax.axis_index(SEQ)
 
-    return lax.scan(step, (state, state), jnp.array(line.lines[0]))[0][1]
+        def step(carry, device):
+            state, mine = carry
+            mine = jax.tree.map(lambda s, m: jnp.where(device == me, s, m), state, mine)
+            there = restored(everyone[device].reshape(-1)[: flat.size])
+            return (there(state), mine), None
+
+        return lax.scan(step, (state, state), jnp.array(line.lines[0]))[0][1]
+
+    # of what is not whole tiles, XLA makes an all-reduce on a TPU, which sends twice as much
+    whole_tiles = functools.partial(folded, tile=TILE[-1] * TILE[-2])
+    as_it_is = functools.partial(folded, tile=1)
+    return lax.platform_dependent(flat, state, tpu=whole_tiles, default=as_it_is)
 
 
 def ring(stretch, state, line: Lines, travel: Travel):
