@@ -62,7 +62,7 @@ class Cut(NamedTuple):
     axis: int
     count: int
 
-    def block(self, tree: Any, cut: Any, number: jax.Array) -> Any:
+    def block(self, tree: Any, cut: Any, number: jax.Array | int) -> Any:
         """Block `number` of those arrays that `cut` says are cut, and the others whole."""
 
         def of(a, is_cut):
@@ -72,7 +72,7 @@ class Cut(NamedTuple):
 
         return jax.tree.map(of, tree, cut)
 
-    def replaced(self, tree: Any, cut: Any, number: jax.Array, block: Any) -> Any:
+    def replaced(self, tree: Any, cut: Any, number: jax.Array | int, block: Any) -> Any:
         """The arrays with another block `number`."""
 
         def of(a, is_cut, new):

@@ -57,7 +57,7 @@ def enter(transition: Any, state: State, travel: Travel) -> tuple[State, State]:
     state = widened(state)
     travel = _decided(travel, size_of(state), size_of(transition) - size_of(state))
     if hasattr(transition, "turned"):
-        results = _enter(travel, False, transition, state)
+        results: Any = _enter(travel, False, transition, state)
     else:
         results = _carried(travel, False, *lax.stop_gradient((transition, state)))
     as_given = lambda tree: jax.tree.map(lambda a, s: a.astype(s.dtype), tree, given)
@@ -79,7 +79,8 @@ def _backward(travel, against_time, saved, cotangents):
     """The cotangent of the final state enters at the end; that of the initial state leaves."""
     transition, entering = saved
     d_entering, d_leaving = cotangents
-    d_left, d_state = _enter(travel, not against_time, transition.turned(d_entering), d_leaving)
+    turned: Any = transition.turned(d_entering)
+    d_left, d_state = _enter(travel, not against_time, turned, d_leaving)  # pyright: ignore
     # of the update only the shape matters here
     _, pullback = jax.vjp(lambda t: t(entering), transition._replace(update=d_left))
     return *pullback(d_left), d_state
