@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ MixerFiles = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Fields to override, dotted.")
 ]
+MANY = {"rich_help_panel": "Many processes"}
 MaxLength = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens that a published model's full attention holds [<= 4096]."),
@@ -55,13 +56,42 @@ def train(
         Path | None, typer.Option(help="The run folder; runs/ and the config's name by default.")
     ] = None,
     mixer: MixerFiles = [],  # noqa: B006 (typer reads it)
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where process 0 is.", **MANY)
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="How many.", **MANY)] = None,
+    process_id: Annotated[int | None, typer.Option(help="This one's, from 0.", **MANY)] = None,
+    distributed: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="Join what a scheduler started.", **MANY)
+    ] = "auto",
+    join: Annotated[float, typer.Option(help="Seconds to wait for the others.", **MANY)] = 300,
+    heartbeat: Annotated[
+        float, typer.Option(min=3, help="Seconds after which a process is gone.", **MANY)
+    ] = 30,
+    stall: Annotated[
+        float, typer.Option(min=1, help="Seconds without progress that end a run.", **MANY)
+    ] = 60,
 ) -> None:
     """Train a model, or go on with a run; leaves checkpoints, metrics, samples and a report."""
-    from seqlab import experiment
-    from seqlab.train.config import load
+    from seqlab.parallel import processes as many
 
-    _register(mixer)
-    experiment.run(load(config, overrides), out or Path("runs") / config.stem)
+    with many.ending_at_once():
+        many.start(
+            coordinator,
+            processes,
+            process_id,
+            distributed=distributed,
+            join=join,
+            heartbeat=heartbeat,
+        )
+        from seqlab import experiment
+        from seqlab.train.config import load
+        from seqlab.train.watchdog import Limits
+
+        _register(mixer)
+        folder = out or Path("runs") / config.stem
+        wanted = many.alike(lambda: load(config, overrides))
+        experiment.run(wanted, folder, limits=Limits(heartbeat, stall))
 
 
 @app.command()

@@ -9,10 +9,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Within this context, `signal` names the first signal that came, or is None."""
+    """Within this context, `signal` is the number of the first signal that came, or 0."""
 
     def __init__(self):
-        self.signal: str | None = None
+        self.signal = 0
         self._before: dict = {}
 
     def __enter__(self) -> "StopRequest":
@@ -25,9 +25,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _arrived(self, number, _frame) -> None:
-        if self.signal is not None:
+        if self.signal:
             os._exit(128 + number)  # nothing is half-written: a step appears when it is complete
-        self.signal = signal.Signals(number).name
-        text = f"\n{self.signal}: ending after this step; a second signal ends at once.\n"
+        self.signal = number
+        name = signal.Signals(number).name
+        text = f"\n{name}: ending after this step; a second signal ends at once.\n"
         with contextlib.suppress(OSError):  # not print: it may be what was interrupted
             os.write(2, text.encode())

@@ -1,0 +1,243 @@
+"""Many processes as one program, on JAX's own distributed runtime: joining, and agreeing.
+
+Every process runs the same program on its own devices, and each collective needs them all. So what
+a process sees alone (a signal, a file, a lock) must be told to all before anything depends on it.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from seqlab import errors
+from seqlab.errors import ConfigError, SeqlabError
+
+CRASHED = 70  # exit code of a process that ends by an error that is not the user's
+LAST = 4.0  # seconds: the end of process 0 ends all, so it lets the others say why they end
+
+Distributed = Literal["auto", "on", "off"]
+
+
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    distributed: Distributed = "auto",
+    heartbeat: float = 30,
+    join: float = 300,
+) -> None:
+    """Join the other processes, if there are any; to be called before JAX is used.
+
+    By hand: `coordinator` is "host:port" of process 0. Otherwise "auto" joins where a scheduler
+    says that several processes are meant, "on" wherever JAX finds one, "off" never. The runtime
+    ends all processes `heartbeat` seconds after one is gone; they wait `join` seconds for the last.
+    """
+    given = [value is not None for value in (coordinator, processes, process_id)]
+    if any(given) and not all(given):
+        raise ConfigError(
+            "--coordinator, --processes and --process-id go together: give all three."
+        )
+    if all(given):
+        assert coordinator is not None and processes is not None and process_id is not None
+        _check_by_hand(coordinator, processes, process_id)
+        if processes == 1:
+            return
+        _reach(coordinator, process_id, join)
+    elif distributed == "off" or (distributed == "auto" and not _several_are_meant()):
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process_id,
+            cluster_detection_method="deactivate" if all(given) else None,
+            initialization_timeout=int(join),
+            heartbeat_timeout_seconds=int(heartbeat),
+            shutdown_timeout_seconds=30,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"The processes could not be joined ({reason}): give --coordinator, --processes and "
+            "--process-id, or --distributed off for a single one."
+        ) from error
+    _check_devices()
+
+
+def first() -> bool:
+    """Whether this is process 0, which alone speaks, logs and writes."""
+    return jax.process_index() == 0
+
+
+def once(act: Callable[[], Any]) -> Any:
+    """What `act` returns on process 0, which alone calls it; JSON. All raise its SeqlabError."""
+    if jax.process_count() == 1:
+        return act()
+    said: dict[str, Any] = {}
+    if first():
+        try:
+            said = {"value": act()}
+        except SeqlabError as error:
+            said = {"error": type(error).__name__, "text": str(error)}
+    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    sent = np.zeros(int(multihost_utils.broadcast_one_to_all(np.int32(len(text)))), np.uint8)
+    sent[: len(text) if first() else 0] = text if first() else 0
+    said = json.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
+    if "error" in said:
+        raise getattr(errors, said["error"])(said["text"])
+    return said["value"]
+
+
+def everyone(value: Any) -> list[Any]:
+    """The JSON `value` of every process, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.pad(text, (0, int(lengths.max()) - len(text)))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
+
+
+def alike(act: Callable[[], Any]) -> Any:
+    """What `act` returns here; where it raises a SeqlabError in any process, all raise one."""
+    value, problem = None, None
+    try:
+        value = act()
+    except SeqlabError as error:
+        problem = error
+    told = everyone(problem and [type(problem).__name__, str(problem)])
+    if problem is not None:
+        raise problem
+    for process, other in enumerate(told):
+        if other is not None:
+            raise getattr(errors, other[0])(f"In process {process}: {other[1]}")
+    return value
+
+
+def gathered(tree: Any) -> Any:
+    """A pytree of arrays that lie over many processes, whole in each; as it is with one process.
+
+    Process 0 gets them on its first device, the others in host memory.
+    """
+    if jax.process_count() == 1:
+        return tree
+    whole = jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), tree)
+    return jax.device_put(whole, jax.local_devices()[0]) if first() else whole
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """With many processes, an error in here ends this one now, told in one line or with its stack.
+
+    At its usual end a process waits for the others, and they, in a collective, would wait for it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        code = getattr(error, "code", CRASHED)
+        if isinstance(error, SeqlabError):
+            print(f"seqlab: {error}", file=sys.stderr)
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if first():
+            time.sleep(LAST)
+        os._exit(code if isinstance(code, int) else CRASHED)
+
+
+class Vote:
+    """The largest number that any process gives, known one call later, so that nobody waits.
+
+    With one process it is the number given. Every process calls it equally often.
+    """
+
+    def __init__(self):
+        self._pending: jax.Array | None = None
+        devices = jax.devices()
+        self._mesh = jax.make_mesh((len(devices),), ("all",), (AxisType.Auto,), devices=devices)
+        self._max = jax.jit(
+            lambda values: values.max(), out_shardings=NamedSharding(self._mesh, P())
+        )
+
+    def __call__(self, number: int) -> int:
+        if jax.process_count() == 1:
+            return number
+        before, spread = self._pending, NamedSharding(self._mesh, P("all"))
+        with jax.set_mesh(self._mesh):
+            values = jax.make_array_from_callback(
+                (self._mesh.size,), spread, lambda index: np.full(1, number, np.int32)
+            )
+            self._pending = self._max(values)
+        return 0 if before is None else int(before.addressable_data(0))
+
+
+def _several_are_meant() -> bool:
+    """Whether this process was started as one of several that belong together."""
+    there = os.environ.get
+    if there("SLURM_STEP_NODELIST"):  # set by srun, and not in the script that calls it
+        return int(there("SLURM_NTASKS", "1")) > 1
+    hosts = there("TPU_PROCESS_ADDRESSES") or there("TPU_WORKER_HOSTNAMES") or ""
+    slices = int(there("MEGASCALE_NUM_SLICES") or 1)
+    return len(hosts.split(",")) > 1 or slices > 1
+
+
+def _check_by_hand(coordinator: str, processes: int, process_id: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--coordinator {coordinator!r} is not of the form HOST:PORT.")
+    if not 0 <= process_id < processes:
+        raise ConfigError(
+            f"--process-id {process_id} is not one of {processes} processes: number them from 0."
+        )
+
+
+def _reach(coordinator: str, process_id: int, seconds: float) -> None:
+    """Wait until process 0 listens: the runtime itself would abort without a word of why."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + seconds
+    while process_id:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"Process {process_id} found nobody at {coordinator} in {seconds:g} s "
+                    f"({error.strerror or error}): start process 0 there, or mend --coordinator."
+                ) from error
+            time.sleep(0.2)
+
+
+def _check_devices() -> None:
+    """JAX can only agree on anything where all processes have equally many devices."""
+    counts = Counter(device.process_index for device in jax.devices())
+    for process, count in sorted(counts.items()):
+        if count != counts[0]:
+            raise ConfigError(
+                f"Process 0 has {counts[0]} devices but process {process} has {count}: give every "
+                "process as many."
+            )
