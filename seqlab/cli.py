@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from seqlab.errors import SeqlabError
+from seqlab.launch import go_on_in_a_child, several_are_meant
 
 app = typer.Typer(
     name="seqlab",
@@ -73,6 +74,12 @@ def train(
     ] = 60,
 ) -> None:
     """Train a model, or go on with a run; leaves checkpoints, metrics, samples and a report."""
+    if (
+        (processes or 1) > 1
+        or distributed == "on"
+        or (distributed == "auto" and several_are_meant())
+    ):
+        go_on_in_a_child()
     from seqlab.parallel import processes as many
 
     with many.ending_at_once():

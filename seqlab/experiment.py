@@ -30,14 +30,15 @@ def run(
 ) -> Outcome:
     """Train in `folder` (or go on there) and, when finished, write samples.txt and report.html.
 
-    Of many processes the first writes them, with all weights on a device of its own.
+    Of many processes the first writes them; for samples it holds all weights on one device.
     """
     outcome = train(config, folder, say=say, limits=limits)
     reported = processes.once(lambda: not outcome.trained and (folder / "report.html").exists())
     if outcome.finished and not reported:
-        whole = dataclasses.replace(outcome, model=processes.gathered(outcome.model))
+        if config.samples:
+            outcome = dataclasses.replace(outcome, model=processes.gathered(outcome.model))
         if processes.first():
-            conclude(config, folder, whole, say)
+            conclude(config, folder, outcome, say)
         processes.wait_for_all("the report")
     return outcome
 

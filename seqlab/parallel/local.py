@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     if not (count.isdigit() and int(count) and dashes == "--" and command):
         print("usage: python -m seqlab.parallel.local N -- train CONFIG ...", file=sys.stderr)
         return 2
-    port = _free_port()
+    port = free_port()
     children = [_start(command, port, int(count), index) for index in range(int(count))]
     threads = [
         threading.Thread(target=_relay, args=(child, index), daemon=True)
@@ -81,7 +81,8 @@ def _wait(children: list[subprocess.Popen]) -> int:
     return 128 - status if status < 0 else status
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on just now."""
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         return asked.getsockname()[1]

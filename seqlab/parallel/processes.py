@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqlab import errors
 from seqlab.errors import ConfigError, SeqlabError
+from seqlab.launch import several_are_meant
 
 CRASHED = 70  # exit code of a process that ends by an error that is not the user's
 LAST = 4.0  # seconds: the end of process 0 ends all, so it lets the others say why they end
@@ -56,7 +57,7 @@ def start(
         if processes == 1:
             return
         _reach(coordinator, process_id, join)
-    elif distributed == "off" or (distributed == "auto" and not _several_are_meant()):
+    elif distributed == "off" or (distributed == "auto" and not several_are_meant()):
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     try:
@@ -94,9 +95,9 @@ def once(act: Callable[[], Any]) -> Any:
         except SeqlabError as error:
             said = {"error": type(error).__name__, "text": str(error)}
     text = np.frombuffer(json.dumps(said).encode(), np.uint8)
-    sent = np.zeros(int(multihost_utils.broadcast_one_to_all(np.int32(len(text)))), np.uint8)
-    sent[: len(text) if first() else 0] = text if first() else 0
-    said = json.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = multihost_utils.broadcast_one_to_all(_padded(text if first() else text[:0], length))
+    said = json.loads(sent[:length].tobytes())
     if "error" in said:
         raise getattr(errors, said["error"])(said["text"])
     return said["value"]
@@ -108,8 +109,7 @@ def everyone(value: Any) -> list[Any]:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.pad(text, (0, int(lengths.max()) - len(text)))
-    rows = multihost_utils.process_allgather(padded)
+    rows = multihost_utils.process_allgather(_padded(text, int(lengths.max())))
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
 
 
@@ -132,12 +132,13 @@ def alike(act: Callable[[], Any]) -> Any:
 def gathered(tree: Any) -> Any:
     """A pytree of arrays that lie over many processes, whole in each; as it is with one process.
 
-    Process 0 gets them on its first device, the others in host memory.
+    They lie on one device of each process.
     """
     if jax.process_count() == 1:
         return tree
-    whole = jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), tree)
-    return jax.device_put(whole, jax.local_devices()[0]) if first() else whole
+    mesh = jax.tree.leaves(tree)[0].sharding.mesh
+    whole = jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, P()))(tree)
+    return jax.tree.map(lambda array: array.addressable_data(0), whole)
 
 
 def wait_for_all(name: str) -> None:
@@ -195,14 +196,9 @@ class Vote:
         return 0 if before is None else int(before.addressable_data(0))
 
 
-def _several_are_meant() -> bool:
-    """Whether this process was started as one of several that belong together."""
-    there = os.environ.get
-    if there("SLURM_STEP_NODELIST"):  # set by srun, and not in the script that calls it
-        return int(there("SLURM_NTASKS", "1")) > 1
-    hosts = there("TPU_PROCESS_ADDRESSES") or there("TPU_WORKER_HOSTNAMES") or ""
-    slices = int(there("MEGASCALE_NUM_SLICES") or 1)
-    return len(hosts.split(",")) > 1 or slices > 1
+def _padded(text: np.ndarray, length: int) -> np.ndarray:
+    """Bytes with zeros after them; few sizes, because each is a program to compile."""
+    return np.pad(text, (0, max(256, 1 << (length - 1).bit_length()) - len(text)))
 
 
 def _check_by_hand(coordinator: str, processes: int, process_id: int) -> None:

@@ -1,11 +1,12 @@
-"""SIGTERM and SIGINT end training after the current step; a second one ends it at once."""
+"""SIGTERM, SIGINT and SIGUSR1 end training after the current step; a second one of the former two
+ends it at once."""
 
 import contextlib
 import os
 import signal
 import threading
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -13,6 +14,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
+        self._pressed = 0
         self._before: dict = {}
 
     def __enter__(self) -> "StopRequest":
@@ -25,8 +27,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _arrived(self, number, _frame) -> None:
-        if self.signal:
+        self._pressed += number != signal.SIGUSR1
+        if self._pressed > 1:
             os._exit(128 + number)  # nothing is half-written: a step appears when it is complete
+        if self.signal:
+            return
         self.signal = number
         name = signal.Signals(number).name
         text = f"\n{name}: ending after this step; a second signal ends at once.\n"

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import jax
 
 from seqlab.errors import ConfigError
+from seqlab.launch import PEER_GONE
 from seqlab.parallel import processes
 
 FOLDER = "processes"
-STALLED, PEER_GONE = 75, 76  # exit codes
+STALLED = 75  # exit status where a process is silent
 SLOW = 60  # compiling, evaluating first and saving may take so many times as long as a step
 
 
@@ -200,8 +201,17 @@ class Watchdog:
         self._end = [code, why]
         self._write()
         if self.index == 0:
-            time.sleep(processes.LAST)
+            self._let_the_others_end()
         os._exit(code)
+
+    def _let_the_others_end(self) -> None:
+        """Wait a little for those that were heard of just now to say why they end, too."""
+        end, recent = time.monotonic() + processes.LAST, time.monotonic() - self.limits.gone / 2
+        alive = [process for process, (_, since) in self._heard.items() if since > recent]
+        while time.monotonic() < end:
+            if all(said["end"] for said in map(self._read, alive) if said):
+                return
+            time.sleep(0.1)
 
     def _write(self) -> None:
         self._beats += 1
