@@ -14,6 +14,7 @@ import jax
 from seqlab.errors import ConfigError, nearest
 from seqlab.parallel import sequence
 from seqlab.parallel.mesh import current_travel
+from seqlab.parallel.relay import relay
 
 PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 
@@ -49,7 +50,7 @@ class Recurrence:
         def shard(*args):
             *tokens, state = args
             if self.transition is None:
-                return sequence.relay(run, tuple(tokens), state)
+                return relay(run, tuple(tokens), state)
             stretch = self.transition(*tokens, **options)
             entering, leaving = sequence.enter(stretch, state, current_travel().strategy)
             return run(*tokens, entering)[0], leaving

@@ -41,17 +41,6 @@ def _ring(transition, state):
     return entering, _from(size - 1, transition(entering))
 
 
-def relay(run: Callable, tokens: tuple, state: State) -> tuple[Any, State]:
-    """Shard after shard, for recurrences with no transition: exact for anything, no speed-up."""
-    y = None
-    for shard in range(lax.axis_size(SEQ)):
-        y_here, leaving = run(*tokens, _over_shards(state))
-        mine = lax.axis_index(SEQ) == shard
-        y = y_here if y is None else jax.tree.map(lambda a, b: jnp.where(mine, a, b), y_here, y)
-        state = _from(shard, leaving)
-    return y, state
-
-
 def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State, weights: tuple = ()):
     """Run f(*tokens, *weights, state) -> (y, state) by hand over the ambient mesh, if there is one.
 
