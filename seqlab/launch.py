@@ -12,7 +12,7 @@ import threading
 from types import FrameType
 
 PEER_GONE = 76  # exit status where another process is gone
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def several_are_meant() -> bool:

@@ -50,12 +50,13 @@ def write(folder: pathlib.Path, config: Config) -> None:
         ) from error
 
 
-def set_rows_aside(folder: pathlib.Path) -> pathlib.Path | None:
-    """Rename the metrics of a run that left no checkpoint, so that none are overwritten."""
+def set_rows_aside(folder: pathlib.Path) -> str | None:
+    """Rename the metrics of a run that left no checkpoint, so that none are overwritten; returns
+    their new name."""
     rows, aside = folder / "metrics.jsonl", folder / "metrics.jsonl.old"
     if not rows.exists() or rows.stat().st_size == 0:
         return None
-    return rows.replace(aside)
+    return rows.replace(aside).name
 
 
 def _read(path: pathlib.Path) -> dict:

@@ -275,11 +275,11 @@ class _Run:
         like = states.abstract(self.model, self.optimizer, self.mesh)
         restored = self.checkpoints.latest(states.to_arrays(like))
         if restored is None:
-            rows = run_folder.set_rows_aside(self.folder)
+            rows = processes.once(lambda: run_folder.set_rows_aside(self.folder))
             if rows:
                 self.say(
                     f"{self.folder} holds no checkpoint: starting at step 1; the rows of the "
-                    f"earlier run are in {rows.name}."
+                    f"earlier run are in {rows}."
                 )
             return states.start(self.config.model, self.config.seed, self.optimizer, like)
         self.step, self.tokens = restored.step, restored.metadata["tokens"]
