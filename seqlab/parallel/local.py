@@ -45,12 +45,12 @@ def _start(command: list[str], port: int, count: int, index: int) -> subprocess.
     place += ["--process-id", str(index)]
     name, *rest = command
     environment = {"JAX_NUM_CPU_DEVICES": "1", **os.environ, "JAX_PLATFORMS": "cpu"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if index else {}
     return subprocess.Popen(
         [sys.executable, "-m", "seqlab", name, *place, *rest],
         env=environment,
         start_new_session=True,  # Ctrl-C reaches them through us alone, once
-        **pipes,
+        stdout=subprocess.PIPE if index else None,
+        stderr=subprocess.STDOUT if index else None,
     )
 
 

@@ -140,12 +140,13 @@ class Watchdog:
         """What process 0 finds: an exit code and the reason, or None where all is well."""
         said = [self._read(process) for process in range(self.count)]
         for process in range(1, self.count):
-            if said[process] and said[process]["end"]:
-                return PEER_GONE, f"{_who(said[process])} ended ({said[process]['end'][1]})"
-            if self._unheard(process, said[process]):
+            its = said[process]
+            if its and its["end"]:
+                return PEER_GONE, f"{_who(its)} ended ({its['end'][1]})"
+            if self._unheard(process, its):
                 return PEER_GONE, (
-                    f"{_who(said[process]) or f'process {process}'} is gone: nothing was heard of "
-                    f"it for {self.limits.gone:.0f} s"
+                    f"{_who(its) or f'process {process}'} is gone: nothing was heard of it for "
+                    f"{self.limits.gone:.0f} s"
                 )
         waited = time.monotonic() - self._moved
         if waited > self._patience():
