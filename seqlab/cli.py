@@ -1,6 +1,7 @@
 """The command line: one entry point, `seqlab`. Bad input is one sentence and a non-zero status."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import sys
@@ -27,7 +28,7 @@ MixerFiles = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Fields to override, dotted.")
 ]
-MANY = {"rich_help_panel": "Many processes"}
+many_option = functools.partial(typer.Option, rich_help_panel="Many processes")
 MaxLength = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens that a published model's full attention holds [<= 4096]."),
@@ -58,19 +59,19 @@ def train(
     ] = None,
     mixer: MixerFiles = [],  # noqa: B006 (typer reads it)
     coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where process 0 is.", **MANY)
+        str | None, many_option(metavar="HOST:PORT", help="Where process 0 is.")
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="How many.", **MANY)] = None,
-    process_id: Annotated[int | None, typer.Option(help="This one's, from 0.", **MANY)] = None,
+    processes: Annotated[int | None, many_option(min=1, help="How many.")] = None,
+    process_id: Annotated[int | None, many_option(help="This one's, from 0.")] = None,
     distributed: Annotated[
-        Literal["auto", "on", "off"], typer.Option(help="Join what a scheduler started.", **MANY)
+        Literal["auto", "on", "off"], many_option(help="Join what a scheduler started.")
     ] = "auto",
-    join: Annotated[float, typer.Option(help="Seconds to wait for the others.", **MANY)] = 300,
+    join: Annotated[float, many_option(help="Seconds to wait for the others.")] = 300,
     heartbeat: Annotated[
-        float, typer.Option(min=3, help="Seconds after which a process is gone.", **MANY)
+        float, many_option(min=3, help="Seconds after which a process is gone.")
     ] = 30,
     stall: Annotated[
-        float, typer.Option(min=1, help="Seconds without progress that end a run.", **MANY)
+        float, many_option(min=1, help="Seconds without progress that end a run.")
     ] = 60,
 ) -> None:
     """Train a model, or go on with a run; leaves checkpoints, metrics, samples and a report."""
@@ -210,6 +211,29 @@ def convert(
     from seqlab.models.convert import convert
 
     print(convert(source, target, max_length=max_length))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A Python file that defines `config`.")],
+    topology: Annotated[str, typer.Option(help="Such as v5p:4x4x4; for GPUs, h100:64.")],
+    overrides: Overrides = None,
+    strategy: Annotated[str | None, typer.Option(help="Instead of mesh.strategy.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    mixer: MixerFiles = [],  # noqa: B006
+) -> None:
+    """Plan a run on machines one does not have: memory, communication, speed; exit 1: no fit.
+
+    For TPUs its programs are compiled, on a machine without one; for GPUs it is arithmetic.
+    """
+    import jax
+
+    from seqlab.plan.command import plan
+    from seqlab.train.config import load
+
+    jax.config.update("jax_platforms", "cpu")  # whatever is here stays free
+    _register(mixer)
+    raise typer.Exit(0 if plan(load(config, overrides), topology, strategy, json) else 1)
 
 
 @app.command()
