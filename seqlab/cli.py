@@ -68,8 +68,8 @@ def train(
     ] = "auto",
     join: Annotated[float, many_option(help="Seconds to wait for the others.")] = 300,
     heartbeat: Annotated[
-        float, many_option(min=3, help="Seconds after which a process is gone.")
-    ] = 30,
+        float, many_option(min=1, help="Seconds without a sign of life of one that is gone.")
+    ] = 10,
     stall: Annotated[
         float, many_option(min=1, help="Seconds without progress that end a run.")
     ] = 60,

@@ -146,7 +146,7 @@ def test_a_silent_process_is_named_with_its_stack(base, one):
 
 def test_a_killed_process_ends_the_other_and_the_run_resumes_exactly(base, two):
     folder = base / "killed"
-    codes, outputs = start(base, folder, "--heartbeat", "12", fault=("1", "6", "SIGKILL"))
+    codes, outputs = start(base, folder, "--heartbeat", "6", fault=("1", "6", "SIGKILL"))
     assert codes == [76, 137]
     assert "process 1 (pid" in outputs[0] and "is gone: nothing was heard of it" in outputs[0]
     assert "run the same command on every machine" in outputs[0]

@@ -6,6 +6,7 @@ a process sees alone (a signal, a file, a lock) must be told to all before anyth
 
 import contextlib
 import json
+import math
 import os
 import socket
 import sys
@@ -26,7 +27,7 @@ from seqlab.errors import ConfigError, SeqlabError
 from seqlab.launch import several_are_meant
 
 CRASHED = 70  # exit code of a process that ends by an error that is not the user's
-LAST = 4.0  # seconds: the end of process 0 ends all, so it lets the others say why they end
+LAST = 6.0  # seconds: the end of process 0 ends all, so it lets the others say why they end
 
 Distributed = Literal["auto", "on", "off"]
 
@@ -37,14 +38,15 @@ def start(
     process_id: int | None = None,
     *,
     distributed: Distributed = "auto",
-    heartbeat: float = 30,
+    heartbeat: float = 10,
     join: float = 300,
 ) -> None:
     """Join the other processes, if there are any; to be called before JAX is used.
 
     By hand: `coordinator` is "host:port" of process 0. Otherwise "auto" joins where a scheduler
-    says that several processes are meant, "on" wherever JAX finds one, "off" never. The runtime
-    ends all processes `heartbeat` seconds after one is gone; they wait `join` seconds for the last.
+    says that several processes are meant, "on" wherever JAX finds one, "off" never. They
+    wait `join` seconds for the last. The runtime aborts all processes when it has not heard of one
+    for three times `heartbeat`: before that we can say why (see `train.watchdog`).
     """
     given = [value is not None for value in (coordinator, processes, process_id)]
     if any(given) and not all(given):
@@ -67,7 +69,7 @@ def start(
             process_id,
             cluster_detection_method="deactivate" if all(given) else None,
             initialization_timeout=int(join),
-            heartbeat_timeout_seconds=int(heartbeat),
+            heartbeat_timeout_seconds=math.ceil(3 * heartbeat),
             shutdown_timeout_seconds=30,
         )
     except (ValueError, RuntimeError) as error:

@@ -33,16 +33,11 @@ SLOW = 60  # compiling, evaluating first and saving may take so many times as lo
 
 
 class Limits(NamedTuple):
-    """Seconds. heartbeat: of the runtime, which aborts all when a process is gone for so long; we
-    speak after two thirds of it. stall: the least time without progress that counts as a stall;
-    it is 20 median steps if those are longer."""
+    """Seconds. heartbeat: without a sign of life after which a process counts as gone. stall: the
+    least time without progress that counts as a stall; it is 20 median steps if that is longer."""
 
-    heartbeat: float = 30.0
+    heartbeat: float = 10.0
     stall: float = 60.0
-
-    @property
-    def gone(self) -> float:
-        return self.heartbeat * 2 / 3
 
 
 LIMITS = Limits()
@@ -97,7 +92,7 @@ class Watchdog:
         elif self.count > 1:
             if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
                 # most likely a process is gone: let the thread find out which, and say so
-                time.sleep(self.limits.gone + 5)
+                time.sleep(self.limits.heartbeat + 5)
             code = getattr(error, "code", processes.CRASHED)
             self._end = [code, f"{kind.__name__}: {error}".splitlines()[0]]
             self._closed.set()
@@ -128,13 +123,20 @@ class Watchdog:
             )
 
     def _watch(self) -> None:
-        every = min(1.0, self.limits.gone / 10)
+        every, before = min(1.0, self.limits.heartbeat / 10), time.monotonic()
         while not self._closed.wait(every):
+            self._forgive(time.monotonic() - before - every)
+            before = time.monotonic()
             self._write()
             verdict = self._judge() if self.index == 0 else self._obey()
             # an error that is everybody's is told by everybody, at about the same time
             if verdict is not None and not self._closed.wait(1):
                 self._stop(*verdict)
+
+    def _forgive(self, late: float) -> None:
+        """A thread that was held up itself (a file server that paused) has heard nobody."""
+        if late > 1:
+            self._heard = {p: (beats, since + late) for p, (beats, since) in self._heard.items()}
 
     def _judge(self) -> tuple[int, str] | None:
         """What process 0 finds: an exit code and the reason, or None where all is well."""
@@ -146,7 +148,7 @@ class Watchdog:
             if self._unheard(process, its):
                 return PEER_GONE, (
                     f"{_who(its) or f'process {process}'} is gone: nothing was heard of it for "
-                    f"{self.limits.gone:.0f} s"
+                    f"{self.limits.heartbeat:.0f} s"
                 )
         waited = time.monotonic() - self._moved
         if waited > self._patience():
@@ -171,7 +173,10 @@ class Watchdog:
                 )
             )
         if self._unheard(0, said):
-            return PEER_GONE, f"process 0 is gone: nothing was heard for {self.limits.gone:.0f} s"
+            return (
+                PEER_GONE,
+                f"process 0 is gone: nothing was heard for {self.limits.heartbeat:.0f} s",
+            )
         return None
 
     def _unheard(self, process: int, said: dict | None) -> bool:
@@ -182,7 +187,7 @@ class Watchdog:
             self._heard[process] = beats, now
             return False
         self._heard.setdefault(process, (count, since))
-        return now - max(since, self._moved) > self.limits.gone
+        return now - max(since, self._moved) > self.limits.heartbeat
 
     def _patience(self) -> float:
         step = statistics.median(self._steps) if self._steps else 0.0
@@ -207,12 +212,15 @@ class Watchdog:
 
     def _let_the_others_end(self) -> None:
         """Wait a little for those that were heard of just now to say why they end, too."""
-        end, recent = time.monotonic() + processes.LAST, time.monotonic() - self.limits.gone / 2
+        end, recent = (
+            time.monotonic() + processes.LAST,
+            time.monotonic() - self.limits.heartbeat / 2,
+        )
         alive = [process for process, (_, since) in self._heard.items() if since > recent]
-        while time.monotonic() < end:
+        while alive and time.monotonic() < end:
             if all(said["end"] for said in map(self._read, alive) if said):
-                return
-            time.sleep(0.1)
+                end = time.monotonic()
+            time.sleep(1)  # also for them to end, once they have said so
 
     def _write(self) -> None:
         self._beats += 1
