@@ -135,7 +135,7 @@ def test_a_silent_process_is_named_with_its_stack(base, one):
     folder = shutil.copytree(one, base / "stalled")
     for step in ("6", "8"):
         shutil.rmtree(folder / "checkpoints" / step)
-    codes, outputs = start(base, folder, "mesh.seq=2", "--stall", "4", fault=("1", "4", "sleep"))
+    codes, outputs = start(base, folder, "mesh.seq=2", "--stall", "6", fault=("1", "4", "sleep"))
     assert codes == [75, 75]
     assert "from step 4 of 8" in outputs[0]
     same_curve(folder, one, steps=7)

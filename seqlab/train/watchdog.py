@@ -58,6 +58,7 @@ class Watchdog:
         self._moved, self._began = time.monotonic(), math.nan
         self._steps: deque[float] = deque(maxlen=64)
         self._heard: dict[int, tuple[int, float]] = {}  # process -> (its count, when it changed)
+        self._said: dict[int, dict[str, Any]] = {}  # process -> what was read of it last
         self._beats, self._end = 0, None
         self._closed = threading.Event()
 
@@ -238,12 +239,12 @@ class Watchdog:
             (self.folder / f"{self.index}.json").write_text(json.dumps(said), "utf-8")
 
     def _read(self, process: int) -> dict[str, Any] | None:
-        """What a process of this very run wrote last; None if it cannot be read just now."""
-        try:
+        """What a process of this very run wrote last, or what was last read of it, if anything."""
+        with contextlib.suppress(OSError, ValueError):  # it may be writing just now
             said = json.loads((self.folder / f"{process}.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            return None
-        return said if said.get("run") == self._run else None
+            if said["run"] == self._run:
+                self._said[process] = said
+        return self._said.get(process)
 
 
 def _who(said: dict | None) -> str:
