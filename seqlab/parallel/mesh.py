@@ -21,7 +21,7 @@ RULES = {"embed": DATA, "heads": MODEL, "ffn": MODEL, "vocab": MODEL, None: None
 STRATEGIES = ("all_gather", "ring")
 
 #: How softmax attention sees the keys of other devices along `seq`.
-ATTENTIONS = ("gather_kv",)
+ATTENTIONS = ("gather_kv", "ring", "zigzag", "token_ring", "ulysses", "rsa")
 
 
 class Travel(NamedTuple):
