@@ -176,6 +176,29 @@ def convert(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A Python file that defines `config`.")],
+    topology: Annotated[str, typer.Option(help="Such as v5p:4x4x4; for GPUs, h100:64.")],
+    overrides: Overrides = None,
+    strategy: Annotated[str | None, typer.Option(help="Instead of mesh.strategy.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    mixer: MixerFiles = [],  # noqa: B006
+) -> None:
+    """Plan a run on machines one does not have: memory, communication, speed; exit 1: no fit.
+
+    For TPUs its programs are compiled, on a machine without one; for GPUs it is arithmetic.
+    """
+    import jax
+
+    from seqlab.plan.command import plan
+    from seqlab.train.config import load
+
+    jax.config.update("jax_platforms", "cpu")  # whatever is here stays free
+    _register(mixer)
+    raise typer.Exit(0 if plan(load(config, overrides), topology, strategy, json) else 1)
+
+
+@app.command()
 def doctor() -> None:
     """Show devices, versions, and which implementation each kernel takes here."""
     import rich

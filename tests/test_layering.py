@@ -21,7 +21,7 @@ FLOORS = (
     ("conformance", "models"),
     ("train", "infer"),
     ("linearize",),
-    ("doctor", "experiment"),
+    ("doctor", "experiment", "plan"),
     ("__init__",),
     ("cli",),
     ("__main__",),

@@ -141,6 +141,8 @@ def test_a_model_goes_there_and_back_through_a_saved_model_to_the_bit(tmp_path):
     model = seqlab.load(tmp_path / "ours")
     assert model.max_length == 32
     convert(tmp_path / "ours", tmp_path / "back")
+    with pytest.raises(ModelError, match="back exists: choose another path"):
+        convert(tmp_path / "ours", tmp_path / "back")
     kept = {name: value for name, value in CONFIG.items() if name != "torch_dtype"}
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert written == {**kept, "dtype": "bfloat16"}
@@ -209,6 +211,7 @@ def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path, arrays, messag
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "'dynamic'.*default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "does not describe.*KeyError"),
         ({"rope_scaling": [1]}, "rotary parameters"),
+        ({"hidden_size": 48}, "hidden_size=48 of config.json: they are of two models"),
         ({"num_hidden_layers": 10**9}, "1000000000 layers and the tensors have 2"),
         ({"tie_word_embeddings": True}, "ties lm_head.weight to the embedding"),
         ({"intermediate_size": 32}, r"\[24, 16\] does not become"),

@@ -36,7 +36,7 @@ def config(
 
     Vocabulary, width and depth are those of the tensors. `more` goes into the model's config.
     """
-    vocab, d_model = size(tensors, embed, "vocab_size", fields)
+    vocab, d_model = size(tensors, embed, fields)
     n = depth(fields, tensors, layer)
     before, pattern, repeats, after = fold([layers(i) for i in range(n)])
     return lm.Config(
@@ -93,13 +93,14 @@ def places(config: lm.Config) -> list[tuple[str, int | None, blocks.Config]]:
     ]
 
 
-def size(tensors: Tensors, name: str, field: str, fields: Fields) -> tuple[int, int]:
-    """The shape of the embedding; raises ModelError where it is not what `field` says."""
-    shape = tensors[name].shape if name in tensors else None
-    if shape is None or len(shape) != 2 or fields.get(field, shape[0]) != shape[0]:
+def size(tensors: Tensors, name: str, fields: Fields) -> tuple[int, int]:
+    """The shape of the embedding; raises ModelError where config.json has another."""
+    shape = tensors[name].shape if name in tensors else ()
+    stated = [fields.get(field) for field in ("vocab_size", "hidden_size")]
+    if len(shape) != 2 or any(s not in (None, n) for s, n in zip(stated, shape, strict=True)):
         raise ModelError(
-            f"{name} is {'absent' if shape is None else list(shape)}, which does not fit "
-            f"{field}={fields.get(field)} of config.json: they are of two models."
+            f"{name} is {list(shape) or 'absent'}, which does not fit vocab_size={stated[0]} and "
+            f"hidden_size={stated[1]} of config.json: they are of two models."
         )
     return shape
 

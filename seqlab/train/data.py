@@ -19,6 +19,7 @@ from seqlab.errors import DataError, nearest
 from seqlab.models.tokenizer import Tokenizer
 from seqlab.settings import STRICT
 from seqlab.train.corpus import Batch, Corpus, Row, gather, open_corpus, process_block
+from seqlab.train.grouping import grouped
 from seqlab.train.sources import Source
 
 Position = dict[str, int]
@@ -32,6 +33,9 @@ class Data:
     tokenizer: "bytes" or the path of a tokenizer.json. length: tokens a row predicts.
     batch: rows over all hosts. held_out_rows: how many rows, spread evenly over the held-out
     text, an evaluation reads; None for all of it.
+    balance: None cuts the text into rows wherever they end. A number groups whole documents into
+    rows of like work, so ordered that softmax attention keeps as many devices along mesh.seq alike
+    busy.
     """
 
     train: tuple[Source, ...]
@@ -41,6 +45,7 @@ class Data:
     batch: PositiveInt = 8
     seed: NonNegativeInt = 0
     held_out_rows: PositiveInt | None = 64
+    balance: PositiveInt | None = None
 
     def __post_init__(self):
         if not self.train:
@@ -82,7 +87,8 @@ class Loader:
         self.data, self._tokenizer = data, tokenizer
         self._block = process_block(data.batch, process_index, process_count)
         sources = sorted(data.train, key=lambda source: source.name)  # their order is no matter
-        self._corpora = [open_corpus(source, tokenizer) for source in sources]
+        corpora = [open_corpus(source, tokenizer) for source in sources]
+        self._corpora = [_grouped(corpus, data) for corpus in corpora]
         self.tokens = sum(c.tokens for c in self._corpora)
         _check_size(self.tokens, data)
         self.fingerprint = _fingerprint(data, tokenizer, self._corpora)
@@ -152,6 +158,12 @@ def shuffled(n: int, rows: int, seed: int) -> int:
     return shuffle(i, max_index=rows - 1, seed=_epoch_seed(seed, epoch), rounds=4)
 
 
+def _grouped(corpus: Corpus, data: Data) -> Corpus:
+    if data.balance is None:
+        return corpus
+    return grouped(corpus, data.length, data.balance, data.seed)
+
+
 def _shares(corpora: list[Corpus]) -> np.ndarray:
     weights = np.array([c.source.weight for c in corpora])
     return weights / weights.sum()
@@ -169,6 +181,8 @@ def _check_size(tokens: int, data: Data) -> None:
 def _fingerprint(data: Data, tokenizer: Tokenizer, corpora: list[Corpus]) -> dict[str, str]:
     content = {f"source {c.source.name!r}": f"{c.digest} x {c.source.weight}" for c in corpora}
     rows = {"data.length": str(data.length), "data.seed": str(data.seed)}
+    if data.balance is not None:
+        rows |= {"data.balance": str(data.balance)}
     return {"the tokenizer": tokenizer.fingerprint} | rows | content
 
 
