@@ -78,8 +78,8 @@ def met(meeting: Meeting) -> Callable:
     def method(options: Options, queries: Tokens, keys: Tokens, past: Tokens | None):
         rows, columns = block_for(options.window)
         q, G = queries[0], keys[0].shape[2]
-        before = past and in_columns(*past, columns)
-        blocks = in_rows(*queries, G, rows), in_columns(*keys, columns), before
+        before = past and in_columns(past, columns)
+        blocks = in_rows(queries, G, rows), in_columns(keys, columns), before
         return in_order(attend(options, meeting, *blocks), q.shape[:3])
 
     return method

@@ -24,6 +24,11 @@ class Options(NamedTuple):
     scale: float
     causal: bool = True
 
+    @property
+    def sight(self) -> dict[str, Any]:
+        """Who sees whom, as `visible` takes it."""
+        return {"window": self.window, "sinks": self.sinks, "causal": self.causal}
+
 
 class Queries(NamedTuple):
     """In blocks. The heads that share a key are further rows of its block: C = rows x heads."""
@@ -78,13 +83,14 @@ def blockwise(q, k, v, q_position, q_document, k_position, k_document, *, block=
     suits the window. Returns y and log-sum-exp."""
     options = Options(**options)
     rows, columns = block or block_for(options.window)
-    queries = in_rows(q, q_position, q_document, k.shape[2], rows)
-    keys = in_columns(k, v, k_position, k_document, columns)
+    queries = in_rows((q, q_position, q_document), k.shape[2], rows)
+    keys = in_columns((k, v, k_position, k_document), columns)
     return in_order(attend(options, HERE, queries, keys), q.shape[:3])
 
 
-def in_rows(q, position, document, G: int, rows: int) -> Queries:
-    """q [B, T, H, K] and where its tokens are [B, T], for G key heads, in blocks of `rows`."""
+def in_rows(queries: tuple, G: int, rows: int) -> Queries:
+    """q [B, T, H, K], position and document [B, T], for G key heads, in blocks of `rows`."""
+    q, position, document = queries
     B, T, H, K = q.shape
     R, C = H // G, min(max(rows * G // H, 1), T)
     q = _blocks(q.reshape(B, T, G, R, K), C).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, G, R * C, K)
@@ -92,14 +98,15 @@ def in_rows(q, position, document, G: int, rows: int) -> Queries:
     return Queries(q, jnp.tile(at, R))
 
 
-def in_columns(k, v, position, document, columns: int) -> Keys:
-    """k [B, S, G, K], v [B, S, G, V] and where they are [B, S], in blocks of `columns`."""
+def in_columns(keys: tuple, columns: int) -> Keys:
+    """k [B, S, G, K], v [B, S, G, V], position and document [B, S], in blocks of `columns`."""
+    k, v, position, document = keys
     D = min(columns, k.shape[1])
     at = jnp.stack([_blocks(position, D), _blocks(document, D, fill=-1)])
     return Keys(_blocks(k, D).swapaxes(2, 3), _blocks(v, D).swapaxes(2, 3), at)
 
 
-def in_order(outputs, shape: tuple[int, int, int]):
+def in_order(outputs, shape: tuple[int, ...]):
     """y and log-sum-exp in blocks -> [B, T, H, V] and [B, T, H]"""
     (B, T, H), (y, lse) = shape, outputs
     G = y.shape[2]
@@ -234,7 +241,7 @@ HERE = Meeting(see, pull)
 def _each_pair(step, options, q_at, k_at, carry):
     """carry = step(i, j, clear, carry) over the pairs of query block i and key block j in which
     something is visible; in a clear pair, everything is."""
-    some, every = visible_blocks(q_at, k_at, *_sight(options))
+    some, every = visible_blocks(q_at, k_at, **options.sight)
     i, j = jnp.nonzero(some, size=some.size, fill_value=0)
     clear = every[i, j]
     pair = lambda n, carry: step(i[n], j[n], clear[n], carry)
@@ -246,14 +253,10 @@ def _masked(options, scores, q_at, k_at, clear):
     mask, which on a CPU costs more than the product."""
 
     def masked(scores):
-        sees = visible(*q_at, *k_at, *_sight(options))
+        sees = visible(*q_at, *k_at, **options.sight)
         return jnp.where(sees[:, None], scores, MASKED)
 
     return jax.lax.cond(clear, lambda scores: scores, masked, scores)
-
-
-def _sight(options):
-    return options.window, options.sinks, options.causal
 
 
 def _put(a, i, b):

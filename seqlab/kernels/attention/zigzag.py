@@ -27,11 +27,11 @@ def balanced(options: Options, queries: tuple, keys: tuple, past: tuple | None):
     """As the ring does, on this shard's tokens; half of them travel once more each way."""
     rows, columns = block_for(options.window)
     (B, T, H), G = queries[0].shape[:3], keys[0].shape[2]
-    early, late = (in_rows(*half, G, rows) for half in deal(_even(queries)))
+    early, late = (in_rows(half, G, rows) for half in deal(_even(queries)))
     both = Queries(*map(jnp.concatenate, zip(early, late, strict=True), (0, 1)))
-    early, late = (in_columns(*half, columns) for half in deal(_even(keys)))
+    early, late = (in_columns(half, columns) for half in deal(_even(keys)))
     all_keys = Keys(*map(jnp.concatenate, zip(early, late, strict=True), (0, 0, 1)))
-    outputs = attend(options, RING, both, all_keys, past and in_columns(*past, columns))
+    outputs = attend(options, RING, both, all_keys, past and in_columns(past, columns))
     halves = zip(*(jnp.split(a, 2) for a in outputs), strict=True)
     y, lse = collect(*(in_order(half, (B, -(-T // 2), H)) for half in halves))
     return y[:, :T], lse[:, :T]
