@@ -77,7 +77,8 @@ def test_one_hop_of_the_state_is_all_that_travels(which, numbers):
 
 def test_a_shard_that_is_shorter_than_the_taps_is_right_too():
     with use_mesh(seq=8) as mesh:
-        (x, *rest), reset = inputs()
+        arrays, reset = inputs()
+        x, *rest = (jnp.asarray(a, jnp.float32) for a in arrays)
         short = x[:, :16], reset[:, :16]
         run = lambda x, reset: outputs(x, *rest, reset)
         actual = jax.jit(lambda *a: run(*a))(*(jax.device_put(a) for a in short))

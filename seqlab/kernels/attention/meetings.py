@@ -43,7 +43,9 @@ def _gather_see(options, queries: Queries, keys: Keys, seen: Seen) -> Seen:
 
 
 def _gather_pull(options, done: Answered, keys: Keys, gradients: Gradients) -> Gradients:
-    everyones = _gathered(keys)  # again, so that they are not in memory between the passes
+    # gathered again, so that they are not in memory between the passes: XLA must not see it is twice
+    keys, done = lax.optimization_barrier((keys, done))
+    everyones = _gathered(keys)
     zeros = zero_gradients(done.q, everyones)
     d = pull(options, done, everyones, zeros._replace(q_turned=gradients.q_turned))
     home = lambda a: lax.psum_scatter(a, SEQ, scatter_dimension=0, tiled=True)
