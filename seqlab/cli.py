@@ -1,15 +1,17 @@
 """The command line: one entry point, `seqlab`. Bad input is one sentence and a non-zero status."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from seqlab.errors import SeqlabError
+from seqlab.launch import go_on_in_a_child, several_are_meant
 
 app = typer.Typer(
     name="seqlab",
@@ -26,6 +28,7 @@ MixerFiles = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Fields to override, dotted.")
 ]
+many_option = functools.partial(typer.Option, rich_help_panel="Many processes")
 MaxLength = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens that a published model's full attention holds [<= 4096]."),
@@ -55,13 +58,48 @@ def train(
         Path | None, typer.Option(help="The run folder; runs/ and the config's name by default.")
     ] = None,
     mixer: MixerFiles = [],  # noqa: B006 (typer reads it)
+    coordinator: Annotated[
+        str | None, many_option(metavar="HOST:PORT", help="Where process 0 is.")
+    ] = None,
+    processes: Annotated[int | None, many_option(min=1, help="How many.")] = None,
+    process_id: Annotated[int | None, many_option(help="This one's, from 0.")] = None,
+    distributed: Annotated[
+        Literal["auto", "on", "off"], many_option(help="Join what a scheduler started.")
+    ] = "auto",
+    join: Annotated[float, many_option(help="Seconds to wait for the others.")] = 300,
+    heartbeat: Annotated[
+        float, many_option(min=1, help="Seconds without a sign of life of one that is gone.")
+    ] = 10,
+    stall: Annotated[
+        float, many_option(min=1, help="Seconds without progress that end a run.")
+    ] = 60,
 ) -> None:
     """Train a model, or go on with a run; leaves checkpoints, metrics, samples and a report."""
-    from seqlab import experiment
-    from seqlab.train.config import load
+    if (
+        (processes or 1) > 1
+        or distributed == "on"
+        or (distributed == "auto" and several_are_meant())
+    ):
+        go_on_in_a_child()
+    from seqlab.parallel import processes as many
 
-    _register(mixer)
-    experiment.run(load(config, overrides), out or Path("runs") / config.stem)
+    with many.ending_at_once():
+        many.start(
+            coordinator,
+            processes,
+            process_id,
+            distributed=distributed,
+            join=join,
+            heartbeat=heartbeat,
+        )
+        from seqlab import experiment
+        from seqlab.train.config import load
+        from seqlab.train.watchdog import Limits
+
+        _register(mixer)
+        folder = out or Path("runs") / config.stem
+        wanted = many.alike(lambda: load(config, overrides))
+        experiment.run(wanted, folder, limits=Limits(heartbeat, stall))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """A whole experiment: train, continue the sample prompts, and leave a report a person enjoys."""
 
+import dataclasses
 import pathlib
 import zlib
 from collections.abc import Callable
@@ -9,31 +10,51 @@ import jax
 from seqlab.errors import SeqlabError
 from seqlab.infer.generate import generate
 from seqlab.models.summary import table
+from seqlab.parallel import processes
 from seqlab.train.config import Config
 from seqlab.train.held_out import held_out_text
 from seqlab.train.loop import Outcome, train
 from seqlab.train.metrics import read
 from seqlab.train.report import write_report
+from seqlab.train.watchdog import LIMITS, Limits
 
 TEMPERATURE = 0.8  # of the samples
 
 
-def run(config: Config, folder: pathlib.Path, *, say: Callable[[str], object] = print) -> Outcome:
-    """Train in `folder` (or go on there) and, when finished, write samples.txt and report.html."""
-    outcome = train(config, folder, say=say)
-    unreported = outcome.trained or not (folder / "report.html").exists()
-    if outcome.finished and unreported:
-        samples = continue_prompts(config, outcome)
-        baselines = compressed(config)
-        say(verdict(folder, baselines))
-        text = "\n\n".join(f"{s['prompt']}{s['text']}" for s in samples)
-        try:
-            (folder / "samples.txt").write_text(text + "\n", "utf-8")
-            page = report(config, folder, outcome, samples, baselines)
-            say(f"The report is in {page}")
-        except Exception as error:  # the run itself is whole; its page can be written again
-            say(f"The report could not be written ({type(error).__name__}: {error}).")
+def run(
+    config: Config,
+    folder: pathlib.Path,
+    *,
+    say: Callable[[str], object] = print,
+    limits: Limits = LIMITS,
+) -> Outcome:
+    """Train in `folder` (or go on there) and, when finished, write samples.txt and report.html.
+
+    Of many processes the first writes them; for samples it holds all weights on one device.
+    """
+    outcome = train(config, folder, say=say, limits=limits)
+    reported = processes.once(lambda: not outcome.trained and (folder / "report.html").exists())
+    if outcome.finished and not reported:
+        if config.samples:
+            outcome = dataclasses.replace(outcome, model=processes.gathered(outcome.model))
+        if processes.first():
+            conclude(config, folder, outcome, say)
+        processes.wait_for_all("the report")
     return outcome
+
+
+def conclude(config: Config, folder: pathlib.Path, outcome: Outcome, say) -> None:
+    """Write the samples and the report of a run that has finished."""
+    samples = continue_prompts(config, outcome)
+    baselines = compressed(config)
+    say(verdict(folder, baselines))
+    text = "\n\n".join(f"{s['prompt']}{s['text']}" for s in samples)
+    try:
+        (folder / "samples.txt").write_text(text + "\n", "utf-8")
+        page = report(config, folder, outcome, samples, baselines)
+        say(f"The report is in {page}")
+    except Exception as error:  # the run itself is whole; its page can be written again
+        say(f"The report could not be written ({type(error).__name__}: {error}).")
 
 
 def continue_prompts(config: Config, outcome: Outcome) -> list[dict[str, str]]:

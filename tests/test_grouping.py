@@ -66,7 +66,7 @@ def test_rows_follow_from_the_seed_and_the_step_on_any_number_of_hosts(source):
     whole = take(data, 30)  # more than an epoch
     np.testing.assert_array_equal(take(data, 30), whole)
     np.testing.assert_array_equal(take(data, 13, start={"a": 4 * 17}), whole[17:])
-    halves = [take(data, 30, process_index=i, process_count=2) for i in range(2)]
+    halves = [take(data, 30, rows=rows) for rows in ((0, 1), (2, 3))]
     np.testing.assert_array_equal(np.concatenate(halves, 2), whole)
     other = Data((source,), length=LENGTH, batch=4, balance=SHARDS, seed=1)
     assert (take(other, 30) != whole).any()

@@ -213,20 +213,18 @@ def _doubling(state, transition, devices, link, **_):
 
 
 def _two_level(state, transition, devices, link, blocks=None, row=None, **_):
-    """All-Scan in each row, the rows' totals to all of a row, All-Scan across rows at once."""
+    """As in `parallel.two_level`: All-Scan of transitions in each row, their totals handed out in
+    parts, a ring of parts across the rows, and the parts gathered."""
     if row is None:
         row = best_row(state, transition, devices, link)
     if row < 1 or devices % row:
         raise ConfigError(f"A row of {row} does not divide {devices} devices: change mesh.row.")
     if row in (1, devices):
         return _all_scan(state, transition, devices, link, blocks)
-    tier = _slowest(row, link)
-    compose = (row - 1) * transition / tier.bandwidth  # the row's transition, beside its states
-    spread = 2 * (tier.latency + state / tier.bandwidth)
-    far = _across_rows(link, row)
-    inner = _all_scan(state, transition, row, link, blocks)
-    outer = _all_scan(state, transition, devices // row, far, blocks)
-    return inner + compose + spread + outer
+    sent, part = state + transition, state / row
+    inner = _all_scan(sent, 0, row, link, blocks)
+    hand_out = (row - 1) * (link.gather(sent / row) + link.gather(part))
+    return inner + hand_out + _pipeline(part, devices // row, _across_rows(link, row), blocks=1)
 
 
 def _window(state, transition, devices, link, hops=None, **_):

@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from seqlab.errors import CheckpointError
 from seqlab.models import artifacts
 from seqlab.models.arrays import ARRAYS, CONTENTS, describe, groups, read_arrays, read_contents
 from seqlab.models.arrays import steps as steps_in
+from seqlab.parallel import processes
 
 _SAVING = "saving-"  # prefix of a step that is being written
 _NONE, _ALL_DAMAGED = -1, -2
@@ -67,17 +66,14 @@ class Checkpoints:
         Names are `group/name`; metadata is strict JSON. The newest step is not saved twice.
         """
         self.wait()
-        if step == self._newest:
+        if processes.once(lambda: step == self._newest):
             return
         contents = json.dumps(
             {"arrays": describe(arrays), "metadata": dict(metadata)}, allow_nan=False
         )
         self._newest, aside = step, self.folder / f"{_SAVING}{step}"
         try:
-            if jax.process_index() == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-                (aside / CONTENTS).write_text(contents, "utf-8")
+            processes.once(lambda: _begin(aside, contents))
             apart = groups({name: _own(array) for name, array in arrays.items()})
             items = {group: ocp.args.StandardSave(tree) for group, tree in apart.items()}
             self._checkpointer.save(aside / ARRAYS, args=ocp.args.Composite(**items))
@@ -121,8 +117,7 @@ class Checkpoints:
         damaged, or if the good one holds other arrays than `like`.
         """
         self.wait()
-        judged = self._newest_good() if jax.process_index() == 0 else _NONE
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(judged)))
+        step = processes.once(self._newest_good)
         if step == _NONE:
             return None
         if step == _ALL_DAMAGED:
@@ -150,7 +145,7 @@ class Checkpoints:
 
     def _finish(self, step: int, aside: pathlib.Path) -> None:
         self._checkpointer.wait_until_finished()
-        if jax.process_index() != 0:
+        if not processes.first():
             return
         artifacts.publish(aside, self.folder / str(step))
         for old in self.steps()[: -self.keep]:
@@ -173,6 +168,15 @@ class Checkpoints:
 
 def _checkpointer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+
+def _begin(aside: pathlib.Path, contents: str) -> None:
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        (aside / CONTENTS).write_text(contents, "utf-8")
+    except OSError as error:
+        raise CheckpointError(_reason(error)) from error
 
 
 def _own(array: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqlab.errors import ConfigError, DataError
+from seqlab.errors import DataError
 from seqlab.models.tokenizer import Tokenizer
 from seqlab.train.shards import Digest, Reader, token_dtype
 from seqlab.train.sources import Documents, Source, Tokens
@@ -83,16 +83,6 @@ def gather(corpora: list[Corpus], rows: list[Row], length: int) -> Batch:
             part = corpus.batch([rows[i][1] for i in where], length)
             batch.tokens[where], batch.segment_ids[where] = part
     return batch
-
-
-def process_block(batch: int, index: int, count: int) -> slice:
-    """The rows of a batch that process `index` of `count` reads; ConfigError if uneven."""
-    if batch % count or not 0 <= index < count:
-        raise ConfigError(
-            f"A batch of {batch} rows cannot be split over {count} processes (this is number "
-            f"{index}): make data.batch a multiple of {count}."
-        )
-    return slice(index * batch // count, (index + 1) * batch // count)
 
 
 def _from_shards(source: Tokens, tokenizer: Tokenizer) -> Corpus:

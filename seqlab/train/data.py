@@ -8,7 +8,7 @@ memory); its iterators are not used, because their saved state is a blob per hos
 import collections
 import concurrent.futures
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from seqlab.errors import DataError, nearest
 from seqlab.models.tokenizer import Tokenizer
 from seqlab.settings import STRICT
-from seqlab.train.corpus import Batch, Corpus, Row, gather, open_corpus, process_block
+from seqlab.train.corpus import Batch, Corpus, Row, gather, open_corpus
 from seqlab.train.grouping import grouped
 from seqlab.train.sources import Source
 
@@ -61,7 +61,7 @@ class Loader:
     """Iterates for ever over this process's rows of every batch, read ahead in the background.
 
     start: the `position` of an earlier loader; fingerprint: its `fingerprint`, to be equal.
-    process_index, process_count: this process gets the index-th block of each batch's rows.
+    rows: which rows of each batch are this process's; all of them by default.
 
     position: after the batch that came last, {source name: rows taken by all processes}.
     fingerprint: what a position relies on: tokenizer, length, seed, each source's text and weight.
@@ -80,12 +80,11 @@ class Loader:
         *,
         start: Mapping[str, int] | None = None,
         fingerprint: Mapping[str, str] | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         prefetch: int = 2,
     ):
         self.data, self._tokenizer = data, tokenizer
-        self._block = process_block(data.batch, process_index, process_count)
+        self._mine = range(data.batch) if rows is None else rows
         sources = sorted(data.train, key=lambda source: source.name)  # their order is no matter
         corpora = [open_corpus(source, tokenizer) for source in sources]
         self._corpora = [_grouped(corpus, data) for corpus in corpora]
@@ -111,7 +110,8 @@ class Loader:
 
     def __next__(self) -> Batch:
         while len(self._queue) <= self._prefetch:
-            rows = self._draw()[self._block]
+            drawn = self._draw()
+            rows = [drawn[i] for i in self._mine]
             future = self._pool.submit(gather, self._corpora, rows, self.data.length)
             self._queue.append((future, dict(self._ahead)))
         future, position = self._queue[0]

@@ -8,10 +8,11 @@ import shutil
 from seqlab import settings
 from seqlab.errors import CheckpointError, ConfigError
 from seqlab.models.store import TOKENIZER
-from seqlab.train import lock
+from seqlab.train import lock, watchdog
 from seqlab.train.config import MAY_CHANGE, Config
 
 FORMAT = 1
+_OURS = {lock.FILE, watchdog.FOLDER}  # what a start that failed may leave
 
 
 def describe(config: Config) -> dict:
@@ -29,7 +30,7 @@ def check(folder: pathlib.Path, config: Config) -> None:
         _same_run(folder, _read(path), describe(config))
     elif folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: choose another path for the run.")
-    elif folder.is_dir() and any(inside.name != lock.FILE for inside in folder.iterdir()):
+    elif folder.is_dir() and any(inside.name not in _OURS for inside in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder.")
 
 
@@ -49,12 +50,13 @@ def write(folder: pathlib.Path, config: Config) -> None:
         ) from error
 
 
-def set_rows_aside(folder: pathlib.Path) -> pathlib.Path | None:
-    """Rename the metrics of a run that left no checkpoint, so that none are overwritten."""
+def set_rows_aside(folder: pathlib.Path) -> str | None:
+    """Rename the metrics of a run that left no checkpoint, so that none are overwritten; returns
+    their new name."""
     rows, aside = folder / "metrics.jsonl", folder / "metrics.jsonl.old"
     if not rows.exists() or rows.stat().st_size == 0:
         return None
-    return rows.replace(aside)
+    return rows.replace(aside).name
 
 
 def _read(path: pathlib.Path) -> dict:
@@ -71,24 +73,25 @@ def _read(path: pathlib.Path) -> dict:
 
 def _same_run(folder: pathlib.Path, then: dict, now: dict) -> None:
     then, now = ({**d, "run": {**d["run"], **dict.fromkeys(MAY_CHANGE)}} for d in (then, now))
-    different = _difference(then, now, "")
+    different = difference(then, now)
     if different:
+        name, was, is_now = different
         raise ConfigError(
-            f"{folder} holds a run that differs in {different}: give the run another folder "
-            "(--out), or remove that one."
+            f"{folder} holds a run that differs in {name} (was {was}, is {is_now}): give the run "
+            "another folder (--out), or remove that one."
         )
 
 
-def _difference(then, now, name: str) -> str:
-    """'a.b (was 1, is 2)' of the first field that differs; empty if none does."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in {**then, **now}:
-            found = _difference(then.get(key), now.get(key), f"{name}.{key}")
-            if found:
-                return found
-        return ""
-    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        pairs = enumerate(zip(then, now, strict=True))
-        return next(filter(None, (_difference(a, b, f"{name}.{i}") for i, (a, b) in pairs)), "")
-    name = name.removeprefix(".").removeprefix("run.")
-    return "" if then == now else f"{name} (was {json.dumps(then)}, is {json.dumps(now)})"
+def difference(one, other, name: str = "") -> tuple[str, str, str] | None:
+    """('a.b', '1', '2') of the first field in which two descriptions differ, or None."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(key, one.get(key), other.get(key)) for key in {**one, **other}]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(i, *pair) for i, pair in enumerate(zip(one, other, strict=True))]
+    elif one == other:
+        return None
+    else:
+        name = name.removeprefix(".").removeprefix("run.")
+        return name, json.dumps(one), json.dumps(other)
+    found = (difference(a, b, f"{name}.{key}") for key, a, b in pairs)
+    return next(filter(None, found), None)

@@ -1,10 +1,10 @@
 """Text kept from training, read the same way every time, to measure bits per byte on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from seqlab.models.tokenizer import Tokenizer, load_tokenizer
-from seqlab.train.corpus import Batch, Corpus, Row, gather, open_corpus, process_block
+from seqlab.train.corpus import Batch, Corpus, Row, gather, open_corpus
 from seqlab.train.data import Data
 from seqlab.train.sources import Documents, Source, Tokens
 
@@ -15,8 +15,8 @@ class HeldOut:
     bytes_per_token: bytes of text per predicted token, for bits per byte. notes: as a `Loader`'s.
     """
 
-    def __init__(self, corpora: list[Corpus], rows: list[Row], data: Data, block: slice):
-        self._corpora, self._rows, self._data, self._block = corpora, rows, data, block
+    def __init__(self, corpora: list[Corpus], rows: list[Row], data: Data, mine: Sequence[int]):
+        self._corpora, self._rows, self._data, self._mine = corpora, rows, data, mine
         targets = sum(c.targets for c in corpora)
         self.bytes_per_token = sum(c.bytes for c in corpora) / targets if targets else math.nan
         self.notes = tuple(note for c in corpora for note in c.notes)
@@ -28,18 +28,18 @@ class HeldOut:
         for i in range(len(self)):
             rows = self._rows[i * self._data.batch : (i + 1) * self._data.batch]
             rows = [*rows, *[(-1, 0)] * (self._data.batch - len(rows))]
-            yield gather(self._corpora, rows[self._block], self._data.length)
+            yield gather(self._corpora, [rows[i] for i in self._mine], self._data.length)
 
 
 def held_out_batches(
-    data: Data, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
+    data: Data, tokenizer: Tokenizer, *, rows: Sequence[int] | None = None
 ) -> HeldOut:
-    """This process's rows of `data.held_out`; without sources there are no batches."""
-    block = process_block(data.batch, process_index, process_count)
+    """Batches of `data.held_out`, of each the given rows or all; without sources there are none."""
+    mine = range(data.batch) if rows is None else rows
     corpora = [open_corpus(source, tokenizer) for source in data.held_out]
-    rows = [(s, row) for s, c in enumerate(corpora) for row in range(c.rows(data.length))]
-    kept = min(data.held_out_rows or len(rows), len(rows))
-    return HeldOut(corpora, [rows[i * len(rows) // kept] for i in range(kept)], data, block)
+    every = [(s, row) for s, c in enumerate(corpora) for row in range(c.rows(data.length))]
+    kept = min(data.held_out_rows or len(every), len(every))
+    return HeldOut(corpora, [every[i * len(every) // kept] for i in range(kept)], data, mine)
 
 
 def held_out_text(data: Data) -> bytes:

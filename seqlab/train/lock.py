@@ -1,4 +1,4 @@
-"""One process at a time trains in a folder."""
+"""One run at a time trains in a folder; of many processes the first holds its lock."""
 
 import contextlib
 import fcntl
@@ -9,15 +9,14 @@ import pathlib
 import socket
 from typing import IO
 
-import jax
-
 from seqlab.errors import ConfigError
+from seqlab.parallel import processes
 
 FILE = "lock.json"
 
 
 class RunLock:
-    """Held while a process trains in a folder, which is made if need be; another one is refused
+    """Held while a run trains in a folder, which is made if need be; another one is refused
     with ConfigError.
 
     The operating system holds the lock and drops it with the process, however it dies, so a lock
@@ -30,26 +29,28 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "RunLock":
-        if jax.process_index() == 0:
-            file = self._open()
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = _holder(file)
-                file.close()
-                raise ConfigError(
-                    f"{self.path.parent} is in use by {holder}: wait for it, or stop it first."
-                ) from None
-            except OSError as error:  # a file system without locks: train all the same
-                logging.getLogger(__name__).debug("%s cannot be locked: %s", self.path, error)
-            _write(file, {"pid": os.getpid(), "host": socket.gethostname()})
-            self._file = file
+        processes.once(self._take)
         return self
 
     def __exit__(self, *_) -> None:
         if self._file is not None:
             _write(self._file, {})  # the file stays: a lock may just have been taken on it
             self._file.close()
+
+    def _take(self) -> None:
+        file = self._open()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(file)
+            file.close()
+            raise ConfigError(
+                f"{self.path.parent} is in use by {holder}: wait for it, or stop it first."
+            ) from None
+        except OSError as error:  # a file system without locks: train all the same
+            logging.getLogger(__name__).debug("%s cannot be locked: %s", self.path, error)
+        _write(file, {"pid": os.getpid(), "host": socket.gethostname()})
+        self._file = file
 
     def _open(self) -> IO[str]:
         try:

@@ -3,18 +3,21 @@
 import contextlib
 import math
 import pathlib
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ConfigError, NumericalError
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind, decays
 from seqlab.models.tokenizer import Tokenizer, load_tokenizer
+from seqlab.parallel import processes
 from seqlab.parallel.mesh import use_mesh
 from seqlab.train import folder as run_folder
 from seqlab.train import state as states
@@ -23,10 +26,12 @@ from seqlab.train.config import Config
 from seqlab.train.data import Loader
 from seqlab.train.held_out import held_out_batches
 from seqlab.train.lock import RunLock
+from seqlab.train.peers import over_all_devices, refuse_differences
 from seqlab.train.progress import Progress
 from seqlab.train.signals import StopRequest
-from seqlab.train.sinks import open_sinks
+from seqlab.train.sinks import Sinks, open_sinks
 from seqlab.train.step import make_evaluation, make_step
+from seqlab.train.watchdog import LIMITS, Limits, Watchdog
 
 
 @dataclass(frozen=True)
@@ -41,26 +46,33 @@ class Outcome:
 
 
 def train(
-    config: Config, folder: str | pathlib.Path, *, say: Callable[[str], object] = print
+    config: Config,
+    folder: str | pathlib.Path,
+    *,
+    say: Callable[[str], object] = print,
+    limits: Limits = LIMITS,
 ) -> Outcome:
     """Train in a run folder: start, go on from its newest good checkpoint, or see that it is done.
+
+    With many processes (see `parallel.processes`) all call this alike, over one shared folder, and
+    process 0 alone speaks; `limits` say when they give one another up.
 
     Raises ConfigError where the folder holds another run or a running one, CheckpointError where
     all its checkpoints are damaged, NumericalError after `max_bad_steps` bad steps in a row.
     """
-    if jax.process_count() > 1:
-        raise ConfigError("Training runs in one process so far: start a single one.")
-    folder = pathlib.Path(folder)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    refuse_differences(config)
+    config, folder = over_all_devices(config), pathlib.Path(folder)
+    tokenizer = processes.alike(lambda: load_tokenizer(config.data.tokenizer))
     model = config.model.skeleton()
     _check(config, model, tokenizer)
     m = config.mesh
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(use_mesh(m.data, m.seq, m.model, strategy=m.strategy))
-        run_folder.check(folder, config)
+        processes.once(lambda: run_folder.check(folder, config))
         stack.enter_context(RunLock(folder))
         stop = stack.enter_context(StopRequest())
-        return _Run(config, folder, say, tokenizer, model, mesh, stack).go(stop)
+        with Watchdog(folder, limits) as watchdog:
+            return _Run(config, folder, say, tokenizer, model, mesh, stack, watchdog).go(stop)
 
 
 def _check(config: Config, model: LM, tokenizer: Tokenizer) -> None:
@@ -78,8 +90,11 @@ def _check(config: Config, model: LM, tokenizer: Tokenizer) -> None:
 
 
 class _Run:
-    def __init__(self, config, folder, say, tokenizer, model, mesh, stack):
-        self.config, self.folder, self.say = config, folder, say
+    def __init__(self, config, folder, say, tokenizer, model, mesh, stack, watchdog):
+        self.watchdog, self.vote = watchdog, processes.Vote()
+        self.config, self.folder = config, folder
+        self.say = say if processes.first() else lambda text: None
+        self.warn = lambda text: (self.say if processes.first() else say)(text)
         self.tokenizer, self.model, self.mesh, self.stack = tokenizer, model, mesh, stack
         self.optimizer = config.optimizer.build(config.steps, decays(model))
         # all at once: a rate computed in the loop would wait for the step under way
@@ -91,10 +106,11 @@ class _Run:
                 folder / "checkpoints",
                 keep=config.checkpoint.keep,
                 on_failure=config.checkpoint.on_failure,
-                on_warning=lambda text: self.say(text),
+                on_warning=self.warn,
             )
         )
         self.step, self.tokens, self.position, self.fingerprint = 0, 0, None, None
+        self.evaluated = False
         self.state = self._start_or_resume()
 
     def go(self, stop: StopRequest) -> Outcome:
@@ -107,31 +123,22 @@ class _Run:
             return self._outcome(trained=False)
         if first:
             self.say(f"Going on in {self.folder} from step {first} of {config.steps}.")
-        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        rows = states.rows_here(config.data.batch, self.mesh)
         self.loader = self._closing(
             Loader(
                 config.data,
                 self.tokenizer,
                 start=self.position,
                 fingerprint=self.fingerprint,
-                **processes,
+                rows=rows,
             )
         )
-        self.held_out = held_out_batches(config.data, self.tokenizer, **processes)
+        self.held_out = held_out_batches(config.data, self.tokenizer, rows=rows)
         for note in (*self.loader.notes, *self.held_out.notes):
             self.say(note)
-        run_folder.write(self.folder, config)
-        self.sinks = self._closing(
-            open_sinks(
-                self.folder,
-                start_step=first,
-                tensorboard=config.track.tensorboard,
-                wandb_project=config.track.wandb,
-                config=run_folder.describe(config),
-                warn=lambda text: self.say(text),
-            )
-        )
-        self.progress = self._closing(Progress(config.steps, first))
+        self.sinks = self._closing(self._open_sinks())
+        console = Console(highlight=False, quiet=not processes.first())
+        self.progress = self._closing(Progress(config.steps, first, console))
         self.say = self.progress.note
         self.train_step = make_step(self.model, self.optimizer, config.accumulate)
         self.evaluate_batch = make_evaluation(self.model)
@@ -140,22 +147,40 @@ class _Run:
             self._evaluate()
         self._save()
         self.checkpoints.wait()
-        if self.step not in self.checkpoints.steps():
+        if not processes.once(lambda: self.step in self.checkpoints.steps()):
             raise CheckpointError(
                 f"Step {self.step}, the last, is not saved in {self.folder}: free space and run "
                 "the same command again."
             )
         if self.step < config.steps:
-            self.say(f"{stop.signal}: saved at step {self.step}; run the same command to go on.")
+            name = signal.Signals(self.stopped).name
+            self.say(f"{name}: saved at step {self.step}; run the same command to go on.")
         return self._outcome(trained=True)
+
+    def _open_sinks(self) -> Sinks:
+        """Of many processes the first alone writes."""
+        if not processes.first():
+            return Sinks(())
+        run_folder.write(self.folder, self.config)
+        return open_sinks(
+            self.folder,
+            start_step=self.step,
+            tensorboard=self.config.track.tensorboard,
+            wandb_project=self.config.track.wandb,
+            config=run_folder.describe(self.config),
+            warn=self.warn,
+        )
 
     def _steps(self, stop: StopRequest) -> None:
         """Metrics are fetched one step late, so that the device never waits for the host."""
-        pending, began, last = None, time.monotonic(), time.monotonic()
-        while self.step < self.config.steps and not stop.signal:
+        pending, began, last, first = None, time.monotonic(), time.monotonic(), self.step
+        while self.step < self.config.steps and not self._asked_to_stop(stop):
             asked = time.monotonic()
+            compiling = self.step < first + 2  # metrics are fetched a step late
+            self.watchdog.begins(self.step + 1, slow=compiling)
             batch = states.place(next(self.loader), self.mesh)
             waited = time.monotonic() - asked
+            self.watchdog.at(f"in step {self.step + 1}", slow=compiling)
             params, optimizer, metrics = self.train_step(*self.state, batch)
             self.state = states.State(params, optimizer)
             self.step += 1
@@ -173,6 +198,11 @@ class _Run:
                 last = time.monotonic()  # speeds leave out evaluating and saving
         if pending is not None:
             self._record(*pending, last, began)
+
+    def _asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether any process got a signal: all of them learn it in the same step."""
+        self.stopped = self.vote(stop.signal)
+        return bool(self.stopped)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0 and self.step < self.config.steps
@@ -210,6 +240,8 @@ class _Run:
             return
         nats = tokens = 0.0
         for batch in self.held_out:
+            self.watchdog.at("evaluating", slow=not self.evaluated)
+            self.evaluated = True
             total = self.evaluate_batch(self.state.params, states.place(batch, self.mesh))
             nats, tokens = nats + float(total.nats), tokens + float(total.tokens)
         loss = nats / max(tokens, 1)
@@ -217,15 +249,15 @@ class _Run:
         self._log({"step": self.step, "held_out_loss": loss, "held_out_bits_per_byte": bits})
 
     def _log(self, row: dict) -> None:
-        if jax.process_index() == 0:
-            self.sinks.log(row["step"], row)
-            self.progress.update(row)
+        self.sinks.log(row["step"], row)
+        self.progress.update(row)
 
     @staticmethod
     def _bits(nats_per_token: float, bytes_per_token: float) -> float:
         return nats_per_token / math.log(2) / bytes_per_token
 
     def _save(self) -> None:
+        self.watchdog.at(f"saving step {self.step}", slow=True)
         self.sinks.sync()
         self.checkpoints.save(
             self.step,
@@ -243,11 +275,11 @@ class _Run:
         like = states.abstract(self.model, self.optimizer, self.mesh)
         restored = self.checkpoints.latest(states.to_arrays(like))
         if restored is None:
-            rows = run_folder.set_rows_aside(self.folder)
+            rows = processes.once(lambda: run_folder.set_rows_aside(self.folder))
             if rows:
                 self.say(
                     f"{self.folder} holds no checkpoint: starting at step 1; the rows of the "
-                    f"earlier run are in {rows.name}."
+                    f"earlier run are in {rows}."
                 )
             return states.start(self.config.model, self.config.seed, self.optimizer, like)
         self.step, self.tokens = restored.step, restored.metadata["tokens"]

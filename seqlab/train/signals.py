@@ -1,18 +1,20 @@
-"""SIGTERM and SIGINT end training after the current step; a second one ends it at once."""
+"""SIGTERM, SIGINT and SIGUSR1 end training after the current step; a second one of the former two
+ends it at once."""
 
 import contextlib
 import os
 import signal
 import threading
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Within this context, `signal` names the first signal that came, or is None."""
+    """Within this context, `signal` is the number of the first signal that came, or 0."""
 
     def __init__(self):
-        self.signal: str | None = None
+        self.signal = 0
+        self._pressed = 0
         self._before: dict = {}
 
     def __enter__(self) -> "StopRequest":
@@ -25,9 +27,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _arrived(self, number, _frame) -> None:
-        if self.signal is not None:
+        self._pressed += number != signal.SIGUSR1
+        if self._pressed > 1:
             os._exit(128 + number)  # nothing is half-written: a step appears when it is complete
-        self.signal = signal.Signals(number).name
-        text = f"\n{self.signal}: ending after this step; a second signal ends at once.\n"
+        if self.signal:
+            return
+        self.signal = number
+        name = signal.Signals(number).name
+        text = f"\n{name}: ending after this step; a second signal ends at once.\n"
         with contextlib.suppress(OSError):  # not print: it may be what was interrupted
             os.write(2, text.encode())

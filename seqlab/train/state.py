@@ -1,9 +1,11 @@
 """What training carries from step to step, on any mesh, and as named arrays for checkpoints."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -58,9 +60,31 @@ def from_arrays(arrays: Mapping[str, jax.Array], like: State) -> State:
 
 
 def place(batch: Batch, mesh) -> Batch:
-    """This process's rows as the global batch, split over the mesh axis `data`."""
-    rows = NamedSharding(mesh, P(DATA, None))
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(rows, a), Batch(*batch))
+    """This process's rows (see `rows_here`) as the global batch, split over the axis `data`."""
+    sharding, split = NamedSharding(mesh, P(DATA, None)), mesh.shape[DATA]
+    size = len(batch.tokens) * split // len(rows_here(split, mesh))
+    rows = rows_here(size, mesh)
+
+    def put(here: np.ndarray) -> jax.Array:
+        def piece(index):
+            start, stop, _ = index[0].indices(size)
+            at = bisect_left(rows, start)
+            return here[at : at + stop - start]
+
+        return jax.make_array_from_callback((size, here.shape[1]), sharding, piece)
+
+    return jax.tree.map(put, Batch(*batch))
+
+
+def rows_here(batch: int, mesh) -> list[int]:
+    """Which rows of a batch this process's devices hold: its share along `data`.
+
+    Devices that only share the time or the heads of a row hold all of it: as token ids a row is
+    small (4 MB a million), and where it is cut is for the compiled step to say.
+    """
+    place = NamedSharding(mesh, P(DATA)).addressable_devices_indices_map((batch,))
+    blocks = {index[0].indices(batch) for index in place.values() if index}
+    return [row for block in sorted(blocks) for row in range(*block)]
 
 
 def _name(path) -> str:
