@@ -43,7 +43,8 @@ def _gather_see(options, queries: Queries, keys: Keys, seen: Seen) -> Seen:
 
 
 def _gather_pull(options, done: Answered, keys: Keys, gradients: Gradients) -> Gradients:
-    # gathered again, so that they are not in memory between the passes: XLA must not see it is twice
+    # gathered again, or they would be in memory from one pass to the other; the barrier keeps XLA
+    # from seeing that it is the same
     keys, done = lax.optimization_barrier((keys, done))
     everyones = _gathered(keys)
     zeros = zero_gradients(done.q, everyones)
