@@ -119,8 +119,7 @@ class MLA(Mixer):
         return rope(a, position, c.rope_base, scaling=c.rope_scaling)
 
     def _attend_heads(self, q, q_turning, tokens, past):
-        """q [B, T, H, nope], q_turning [B, T, H, rope]; tokens and past are latent vectors, shared
-        parts, positions and documents -> y by head"""
+        """q, q_turning [B, T, H, ...]; tokens, past: latent, shared, position, document -> y"""
         c = self.config
 
         def keys(latent, shared, *at):
@@ -135,20 +134,15 @@ class MLA(Mixer):
         c = self.config
         k, v = jnp.split(heads(self.kv.weight[...].astype(q.dtype), c.heads), [c.nope_dim], -1)
         q = jnp.einsum("bthk,rhk->bthr", q, k)
-
-        def keys(latent, shared, *at):
-            latent = latent[:, :, None]
-            return jnp.concatenate([latent, shared[:, :, None]], -1), latent, *at
-
+        one = lambda *parts: jnp.concatenate(parts, -1)[:, :, None]
+        keys = lambda latent, shared, *at: (one(latent, shared), one(latent), *at)
         y = self._attend(q, q_turning, keys(*tokens), keys(*past))
         return jnp.einsum("bthr,rhv->bthv", y, v)
 
     def _attend(self, q, q_turning, keys, past):
         c = self.config
-        k, v, *at = keys
         return attention(
-            jnp.concatenate([q, q_turning], -1),
-            *(k, v, *at, *at),
+            *(jnp.concatenate([q, q_turning], -1), *keys, *keys[2:]),
             past=past,
             scale=c.scale or (c.nope_dim + c.rope_dim) ** -0.5,
             implementation=c.implementation,
