@@ -20,7 +20,7 @@ def ring_self_attention(options: Options, queries: tuple, keys: tuple, past: tup
     q = q.reshape(B, T, G, H // G, K)
 
     def scored(k, position, document):
-        at = *(a[:, :, None] for a in q_at), position[:, None], document[:, None]
+        at = [*(a[:, :, None] for a in q_at), position[:, None], document[:, None]]
         sees = visible(*at, **options.sight)
         scores = dot("btgrk,bsgk->bgrts", q, k) * options.scale
         return jnp.where(sees[:, None, None], scores, MASKED)

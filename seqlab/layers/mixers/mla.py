@@ -101,7 +101,6 @@ class MLA(Mixer):
         latent = self.kv_norm(latent)
         q_turning = self._turn(q_turning, position)
         shared = self._turn(shared[:, :, None], position)[:, :, 0]
-
         attend = self._attend_latent if x.shape[1] == 1 else self._attend_heads
         at, held = self.ring.places(state.position, position, reset)
         past = state.latent.astype(x.dtype), state.shared.astype(x.dtype), *held
@@ -119,7 +118,7 @@ class MLA(Mixer):
         return rope(a, position, c.rope_base, scaling=c.rope_scaling)
 
     def _attend_heads(self, q, q_turning, tokens, past):
-        """q, q_turning [B, T, H, ...]; tokens, past: latent, shared, position, document -> y"""
+        """tokens and past: latent vectors, shared parts, positions and documents -> y by head"""
         c = self.config
 
         def keys(latent, shared, *at):
@@ -134,15 +133,16 @@ class MLA(Mixer):
         c = self.config
         k, v = jnp.split(heads(self.kv.weight[...].astype(q.dtype), c.heads), [c.nope_dim], -1)
         q = jnp.einsum("bthk,rhk->bthr", q, k)
-        one = lambda *parts: jnp.concatenate(parts, -1)[:, :, None]
-        keys = lambda latent, shared, *at: (one(latent, shared), one(latent), *at)
+        join = lambda latent, shared: jnp.concatenate([latent, shared], -1)[:, :, None]
+        keys = lambda latent, shared, *at: (join(latent, shared), latent[:, :, None], *at)
         y = self._attend(q, q_turning, keys(*tokens), keys(*past))
         return jnp.einsum("bthr,rhv->bthv", y, v)
 
     def _attend(self, q, q_turning, keys, past):
         c = self.config
         return attention(
-            *(jnp.concatenate([q, q_turning], -1), *keys, *keys[2:]),
+            jnp.concatenate([q, q_turning], -1),
+            *(*keys, *keys[2:]),
             past=past,
             scale=c.scale or (c.nope_dim + c.rope_dim) ** -0.5,
             implementation=c.implementation,
