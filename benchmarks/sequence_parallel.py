@@ -32,7 +32,7 @@ from seqlab.parallel.cost import A100, EXACT, H100, V5P, Link, seconds
 from seqlab.parallel.iteration import LASP2, ZECO, compute, iteration, lasp1, ring_attention
 from seqlab.parallel.mesh import STRATEGIES, use_mesh
 
-DEVICES, TOKENS, HEADS, WIDTH, ROUNDS = 8, 512, 4, 64, 12
+DEVICES, TOKENS, HEADS, WIDTH, ROUNDS = 8, 256, 4, 64, 8
 MEASURED = (*EXACT, "window")
 MODELLED = (64, 128, 256, 512, 1024)
 PICTURE = record.RESULTS / "sequence_parallel.png"

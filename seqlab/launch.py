@@ -54,7 +54,9 @@ def _watch(child: int) -> int:
 
     def pass_on(number: int, _: FrameType | None) -> None:
         came.append(number)
-        os.kill(child, signal.SIGUSR1 if len(came) == 1 else signal.SIGKILL)
+        passed = signal.SIGUSR1 if len(came) == 1 else signal.SIGKILL
+        os.kill(child, passed)
+        _say(f"{signal.Signals(number).name} came and is passed on as {passed.name}.")
 
     for number in _PASSED_ON:
         signal.signal(number, pass_on)

@@ -119,7 +119,7 @@ def trained(texts, tmp_path_factory):
         ("accumulate=3", "does not divide into accumulate = 3 parts"),
         ("mesh.data=3", "does not divide over mesh.data = 3"),
         ("mesh.model=16", "needs 16 devices but this machine has 8: make the mesh smaller"),
-        ("mesh.strategy=rng", "There is no mesh.strategy 'rng': did you mean 'ring'?"),
+        ("mesh.strategy=rng", "There is no strategy 'rng': did you mean 'ring'?"),
     ],
 )
 def test_a_bad_override_is_one_sentence(refused, config_file, tmp_path, override, message):

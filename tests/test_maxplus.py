@@ -7,7 +7,7 @@ import pytest
 
 from seqlab.conformance.tolerance import assert_close
 from seqlab.kernels.maxplus_scan import maxplus_scan, stabilise
-from seqlab.parallel.mesh import STRATEGIES, use_mesh
+from seqlab.parallel.mesh import use_mesh
 
 B, T, H = 2, 40, 4
 
@@ -45,7 +45,7 @@ def test_the_transition_is_what_the_definition_does_to_a_state():
         assert_close(maxplus_scan.transition(*stretch)(state), expected)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["all_gather", "all_scan"])
 def test_every_strategy_equals_one_device(strategy):
     args = gates(resets=0.03)
     expected = maxplus_scan(*args)

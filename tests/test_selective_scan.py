@@ -9,7 +9,7 @@ import pytest
 
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.kernels.selective_scan import all_at_once, selective_scan, token_by_token
-from seqlab.parallel.mesh import STRATEGIES, use_mesh
+from seqlab.parallel.mesh import use_mesh
 
 B, E, N = 2, 8, 4
 
@@ -98,7 +98,7 @@ def test_the_transition_is_what_the_definition_does_to_a_state():
         assert_close(selective_scan.transition(*stretch, chunk_size=16)(state), expected)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["all_gather", "all_scan"])
 def test_every_strategy_equals_one_device(strategy):
     args = tokens(40, resets=0.03)
     expected, expected_gradients = value_and_gradients("xla", 16, *args)

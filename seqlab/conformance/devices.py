@@ -12,13 +12,20 @@ from seqlab.conformance import tolerance
 from seqlab.conformance.compiling import compiled
 from seqlab.conformance.report import Finding, close, worst
 from seqlab.conformance.trial import Trial, gradients_of, whole
-from seqlab.parallel.mesh import DATA, SEQ, use_mesh, weight_sharding
+from seqlab.parallel.mesh import DATA, MODEL, SEQ, Travel, use_mesh, weight_sharding
 
 #: By the number of devices that they need: those of the largest number that is there are tried.
 MESHES = {
     2: ({"seq": 2},),
-    4: ({"seq": 4}, {"data": 2, "seq": 2}, {"seq": 2, "model": 2}),
-    8: ({"seq": 4}, {"data": 2, "seq": 2, "model": 2}),
+    4: (
+        {"seq": 4, "strategy": "two_level"},
+        {"data": 2, "seq": 2, "strategy": "all_scan"},
+        {"seq": 2, "model": 2},
+    ),
+    8: (
+        {"seq": 4, "strategy": "two_level", "row": 2},
+        {"data": 2, "seq": 2, "model": 2, "strategy": "all_scan"},
+    ),
 }
 
 
@@ -75,5 +82,6 @@ def _placed(mixer, mesh):
     return jax.tree.map(put, mixer, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def _called(axes: dict[str, int]) -> str:
-    return " x ".join(f"{name}={size}" for name, size in axes.items())
+def _called(mesh: dict[str, Any]) -> str:
+    axes = (f"{name}={mesh[name]}" for name in (DATA, SEQ, MODEL) if name in mesh)
+    return f"{' x '.join(axes)} by {mesh.get('strategy', Travel().strategy)}"

@@ -52,7 +52,7 @@ class Recurrence:
                 return relay(run, args[:cut], args[cut:-1], args[-1])
             *tokens, state = args
             stretch = self.transition(*tokens, **options)
-            entering, leaving = sequence.enter(stretch, state, current_travel().strategy)
+            entering, leaving = sequence.enter(stretch, state, current_travel())
             return run(*tokens, entering)[0], leaving
 
         return sequence.on_mesh(run, shard, tokens, state, weights)

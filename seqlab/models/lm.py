@@ -19,15 +19,16 @@ from seqlab.layers.mixer import State
 from seqlab.models import block as blocks
 from seqlab.models.block import BlockConfig, Join
 from seqlab.parallel.mesh import DATA, SEQ, constrain
+from seqlab.parallel.sequence import ENTERING
 from seqlab.settings import STRICT, PositiveFinite
 
-#: What a period of the pattern recomputes in the backward pass: nothing, all but products and
-#: kernels, all.
+#: What a period of the pattern recomputes in the backward pass: nothing, all but products,
+#: kernels and states from other devices, all.
 Remat = Literal["none", "cheap", "all"]
 _POLICIES = {
     "cheap": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(KEPT),
+        jax.checkpoint_policies.save_only_these_names(KEPT, ENTERING),
     ),
     "all": jax.checkpoint_policies.nothing_saveable,
 }

@@ -119,6 +119,8 @@ def seconds(
                       the matrices of a delta rule
     blocks, row, hops as in `parallel.mesh.Travel`; None is what suits (for hops, one)
     """
+    if strategy == "auto":
+        return choose(state_bytes, transition_bytes, devices, link).seconds
     if strategy not in _SECONDS:
         raise ConfigError(f"There is no strategy {strategy!r}: {nearest(strategy, _SECONDS)}")
     if devices == 1:

@@ -1,57 +1,149 @@
 """Carry a state across devices when time is sharded over the mesh axis `seq`."""
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from seqlab.parallel.mesh import DATA, MODEL, SEQ
+from seqlab.parallel import cost
+from seqlab.parallel.lines import Lines, as_one, size_of
+from seqlab.parallel.mesh import DATA, MODEL, SEQ, Travel
+from seqlab.parallel.strategies import all_gather, all_scan, doubling, ring, window
+from seqlab.parallel.two_level import two_level
 
 State = Any
 
+#: The name of the state that enters a shard, for policies of `jax.checkpoint`: saving it is cheaper
+#: than having it travel again.
+ENTERING = "entering"
 
-def enter(transition: Callable, state: State, strategy: str) -> tuple[State, State]:
+_UNEVEN = (
+    "{} tokens do not divide evenly over the {} devices of the mesh axis seq: the last {} run on "
+    "all of them; a length of {} or {} is faster."
+)
+
+_STRATEGIES = {
+    "all_gather": all_gather,
+    "ring": ring,
+    "all_scan": all_scan,
+    "doubling": doubling,
+    "window": window,
+    "two_level": two_level,
+}
+
+
+def enter(transition: Any, state: State, travel: Travel) -> tuple[State, State]:
     """Inside a shard: the state entering this shard, and the one leaving the last shard.
 
     transition  what this shard's tokens do to a state (see `parallel.transitions`)
     state       the state before the whole sequence, the same on every shard
-    strategy    all_gather (LASP-2, Sun et al., 2025: one collective, then every device folds the
-                transitions before it) or ring (LASP-1, Sun et al., 2024: device after device)
+    travel      the strategy (see `parallel.strategies`) and its options
+
+    Numbers travel and are folded in float32, or wider if any of them is. The backward pass is the
+    same strategy walked against time, with the transition turned; it keeps the state that enters
+    and the transition without its update. A final state that nobody uses costs nothing.
     """
-    return {"all_gather": _all_gather, "ring": _ring}[strategy](transition, state)
+    numbers = jax.tree.leaves((transition, state))
+    wide = jnp.result_type(jnp.float32, *(a.dtype for a in numbers))
+    given, widened = state, lambda tree: jax.tree.map(lambda a: a.astype(wide), tree)
+    transition = jax.tree.map(lambda a: _varying(a, SEQ), widened(transition))
+    state = widened(state)
+    travel = _decided(travel, size_of(state), size_of(transition) - size_of(state))
+    if hasattr(transition, "turned"):
+        results: Any = _enter(travel, False, transition, state)
+    else:
+        results = _carried(travel, False, *lax.stop_gradient((transition, state)))
+    as_given = lambda tree: jax.tree.map(lambda a, s: a.astype(s.dtype), tree, given)
+    return as_given(results[0]), as_given(results[1])
 
 
-def _all_gather(transition, state):
-    everyone = lax.all_gather(transition, SEQ)
-    last, entering = lax.scan(lambda s, t: (t(s), s), _over_shards(state), everyone)
-    mine = jax.tree.map(lambda e: e[lax.axis_index(SEQ)], entering)
-    return mine, _from(lax.axis_size(SEQ) - 1, last)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _enter(travel: Travel, against_time: bool, transition, state):
+    return _carried(travel, against_time, transition, state)
 
 
-def _ring(transition, state):
-    size, me = lax.axis_size(SEQ), lax.axis_index(SEQ)
-    entering = _over_shards(state)
-    for hop in range(1, size):
-        sent = lax.ppermute(transition(entering), SEQ, [(i, i + 1) for i in range(size - 1)])
-        entering = jax.tree.map(lambda new, old: jnp.where(me == hop, new, old), sent, entering)
-    return entering, _from(size - 1, transition(entering))
+def _forward(travel, against_time, transition, state):
+    entering, leaving = _carried(travel, against_time, transition, state)
+    entering = jax.tree.map(lambda a: checkpoint_name(a, ENTERING), entering)
+    return (entering, leaving), (transition._replace(update=None), entering)
+
+
+def _backward(travel, against_time, saved, cotangents):
+    """The cotangent of the final state enters at the end; that of the initial state leaves."""
+    transition, entering = saved
+    d_entering, d_leaving = cotangents
+    turned: Any = transition.turned(d_entering)
+    d_left, d_state = _enter(travel, not against_time, turned, d_leaving)  # pyright: ignore
+    # of the update only the shape matters here
+    _, pullback = jax.vjp(lambda t: t(entering), transition._replace(update=d_left))
+    return *pullback(d_left), d_state
+
+
+_enter.defvjp(_forward, _backward)
+
+
+def _carried(travel: Travel, against_time: bool, transition, state):
+    devices = range(lax.axis_size(SEQ))
+    line = Lines([devices[::-1] if against_time else devices])
+    state = jax.tree.map(lambda a: _varying(a, SEQ), state)
+    entering = _STRATEGIES[travel.strategy](transition, state, line, travel)
+    return entering, _of(line.last, transition(entering))
+
+
+def _decided(travel: Travel, state_bytes: int, transition_bytes: int) -> Travel:
+    """With the strategy "auto", what the cost model chooses for these sizes."""
+    if travel.strategy != "auto":
+        return travel
+    choice = cost.choose(state_bytes, transition_bytes, lax.axis_size(SEQ))
+    _once(logging.INFO, f"States of {state_bytes} bytes travel by {choice.why}.")
+    return travel._replace(strategy=choice.strategy)
+
+
+@functools.cache
+def _once(level: int, message: str) -> None:
+    logging.getLogger("seqlab").log(level, message)
+
+
+def total(transition: Any) -> State:
+    """Inside a shard: the sum of what all shards write, on each of them.
+
+    What a recurrence without decay and without a causal mask reads: LASP-2's non-causal form (Sun
+    et al., 2025) in one all-reduce, which moves less than its gather.
+    """
+    written = jax.tree.map(lambda a: _varying(a, SEQ), transition.update)
+    return as_one(lambda a: lax.psum(a, SEQ), written)
 
 
 def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State, weights: tuple = ()):
     """Run f(*tokens, *weights, state) -> (y, state) by hand over the ambient mesh, if there is one.
 
-    Tokens are [B, T, heads, ...], weights [heads, ...] and the state is [B, heads, ...]. An axis
-    that does not divide evenly stays whole; tokens with a single head are shared by all heads, if
-    there are several.
+    Tokens are [B, T, heads, ...], weights [heads, ...] and the state is [B, heads, ...]. A batch or
+    heads that do not divide evenly stay whole; tokens with a single head are shared by all heads,
+    if there are several. Of T tokens as many as divide evenly are split, and those that are left
+    run on every device after them: exact, and said once, because it costs time.
     `shard` runs where time is split, `whole` where it is not.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
         return whole(*tokens, *weights, state)
+    length, devices = jax.tree.leaves(tokens)[0].shape[1], mesh.shape[SEQ]
+    if length > devices and length % devices:
+        even = length - length % devices
+        _once(logging.WARNING, _UNEVEN.format(length, devices, length - even, even, even + devices))
+        first, left = (
+            jax.tree.map(lambda a: a[:, :even], tokens),
+            jax.tree.map(lambda a: a[:, even:], tokens),
+        )
+        y, state = on_mesh(whole, shard, first, state, weights)
+        y_left, state = on_mesh(whole, shard, left, state, weights)
+        return jax.tree.map(lambda *a: jnp.concatenate(a, 1), y, y_left), state
 
     def split(axis: str, dim: int, shared: tuple[int, ...] = ()):
         sizes = {a.shape[dim] for a in jax.tree.leaves(tokens) if a.ndim > dim}
@@ -83,15 +175,13 @@ def on_mesh(whole: Callable, shard: Callable, tokens: tuple, state: State, weigh
     return lifted(tokens, weights, state)
 
 
-def _from(shard: int, tree):
-    mine = lax.axis_index(SEQ) == shard
-    return jax.tree.map(lambda a: lax.psum(jnp.where(mine, a, jnp.zeros_like(a)), SEQ), tree)
-
-
-def _over_shards(state):
-    return jax.tree.map(lambda a: _varying(a, SEQ), state)
+def _of(chosen: jax.Array, tree):
+    """On every device the tree of the one where `chosen` is true."""
+    pick = lambda a: lax.psum(jnp.where(chosen, a, jnp.zeros_like(a)), SEQ)
+    return as_one(pick, tree)
 
 
 def _varying(a: jax.Array, *axes: str) -> jax.Array:
     """The same values, typed as differing along these mesh axes."""
-    return lax.pcast(a, axes, to="varying") if axes else a
+    new = tuple(axis for axis in axes if axis not in jax.typeof(a).manual_axis_type.varying)
+    return lax.pcast(a, new, to="varying") if new else a

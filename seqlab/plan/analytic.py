@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from seqlab.models.lm import LM
 from seqlab.models.parameters import bind, decays, parameters
 from seqlab.parallel import cost
 from seqlab.parallel.mesh import DATA, MODEL, SEQ
@@ -89,25 +88,25 @@ def _times(config: Config, there: Topology) -> dict[str, float]:
     passes = PASSES + (config.model.remat == "all")
     model = config.model.skeleton()
     weights = 4 * sum(a.size for a in parameters(model).values()) / m.model
-    many, rows = m.data * m.seq, config.data.batch // config.accumulate / m.data
-    carried = [rows * size / m.model for size in _state_bytes(model)]
+    many = m.data * m.seq
     # gradients go twice round in float32; a layer's weights, halved, before each of its passes
     sent = 2 * weights * (many - 1) / many + 2 * weights / 2 * (m.data - 1) / m.data
     hops = lambda size: cost.seconds(m.strategy, size, 0.0, m.seq, link)
     return {
         "products": passes * forward(config) / (there.count * link.flops),
         "gradients and weights": sent / link.gather.bandwidth,
-        "states": 2 * config.accumulate * sum(map(hops, carried)),
+        "states": 2 * config.accumulate * sum(map(hops, states_travelling(config))),
     }
 
 
-def _state_bytes(model: LM) -> list[int]:
-    """What each layer remembers of one row."""
-    blocks = jax.eval_shape(lambda model: model.init_state(1), model)
+def states_travelling(config: Config) -> list[float]:
+    """Bytes of each layer's state on a device: of its rows and heads."""
+    model, m = config.model.skeleton(), config.mesh
+    rows = config.data.batch // config.accumulate / m.data
     sizes = []
-    for block in blocks:
-        leaves = jax.tree.leaves(block)  # [repeats, 1, ...]
-        sizes += [sum(a.size * a.dtype.itemsize for a in leaves) // leaves[0].shape[0]] * (
-            leaves[0].shape[0]
-        )
+    for block in jax.eval_shape(lambda model: model.init_state(1), model):
+        leaves = jax.tree.leaves(block)  # [repeats, 1, ...]; none where nothing is remembered
+        whole = sum(a.size * a.dtype.itemsize for a in leaves)
+        repeats = leaves[0].shape[0] if leaves else 0
+        sizes += [rows * whole / max(repeats, 1) / m.model] * repeats
     return sizes

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from seqlab.parallel import cost
 from seqlab.plan import analytic, programs, report, topology
 from seqlab.plan.advice import advice
 from seqlab.plan.estimate import PASSES, Estimate, estimate
@@ -36,8 +37,20 @@ def plain(config: Config, there: Topology) -> dict[str, Any]:
     """The plan as JSON-ready figures, in bytes and seconds."""
     m = config.mesh
     there.require(m.data, m.seq, m.model)
+    config = _decided(config, there)
     head = report.head(config, there)
     return head | (_compiled(config, there) if there.is_tpu else analytic.plan(config, there))
+
+
+def _decided(config: Config, there: Topology) -> Config:
+    """With the strategy "auto", what the cost model chooses for the largest state of a layer on
+    that machine's links, and not on this one's."""
+    m = config.mesh
+    if m.strategy != "auto":
+        return config
+    state = max(analytic.states_travelling(config), default=0.0)
+    chosen = cost.choose(state, 0.0, m.seq, there.link).strategy
+    return dataclasses.replace(config, mesh=dataclasses.replace(m, strategy=chosen))
 
 
 def _compiled(config: Config, there: Topology) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab import settings
-from seqlab.errors import ConfigError, SeqlabError, nearest
+from seqlab.errors import ConfigError, SeqlabError
 from seqlab.models import lm
-from seqlab.parallel.mesh import STRATEGIES
+from seqlab.parallel.mesh import Travel
 from seqlab.settings import STRICT
 from seqlab.train.data import Data
 from seqlab.train.optimizer import Config as Optimizer
@@ -21,18 +21,25 @@ from seqlab.train.optimizer import Config as Optimizer
 
 @dataclass(frozen=True, config=STRICT)
 class Mesh:
-    """How many devices share the batch, the sequence and the heads (see `parallel.use_mesh`)."""
+    """How many devices share the batch, the sequence and the heads, and how what mixers remember
+    travels along the sequence (see `parallel.use_mesh` and `parallel.mesh.Travel`)."""
 
     data: PositiveInt = 1
     seq: PositiveInt = 1
     model: PositiveInt = 1
-    strategy: str = "all_gather"
+    strategy: str = Travel().strategy
+    attention: str = Travel().attention
+    hops: PositiveInt | None = None
+    blocks: PositiveInt | None = None
+    row: PositiveInt | None = None
 
     def __post_init__(self):
-        if self.strategy not in STRATEGIES:
-            raise ConfigError(
-                f"There is no mesh.strategy {self.strategy!r}: {nearest(self.strategy, STRATEGIES)}"
-            )
+        self.travel.check(self.seq)
+
+    @property
+    def travel(self) -> Travel:
+        """The part that says how."""
+        return Travel(self.strategy, self.attention, self.hops, self.blocks, self.row)
 
 
 @dataclass(frozen=True, config=STRICT)

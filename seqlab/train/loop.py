@@ -67,7 +67,7 @@ def train(
     _check(config, model, tokenizer)
     m = config.mesh
     with contextlib.ExitStack() as stack:
-        mesh = stack.enter_context(use_mesh(m.data, m.seq, m.model, strategy=m.strategy))
+        mesh = stack.enter_context(use_mesh(m.data, m.seq, m.model, **m.travel._asdict()))
         processes.once(lambda: run_folder.check(folder, config))
         stack.enter_context(RunLock(folder))
         stop = stack.enter_context(StopRequest())

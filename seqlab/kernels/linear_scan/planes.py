@@ -25,10 +25,9 @@ class Complex(NamedTuple):
     def __add__(self, other: "Complex") -> "Complex":  # pyright: ignore
         return Complex(self.real + other.real, self.imag + other.imag)
 
-
-def conj(a: Any) -> Any:
-    """The complex conjugate of a Complex; a real array as it is."""
-    return Complex(a.real, -a.imag) if isinstance(a, Complex) else a
+    def conj(self) -> "Complex":
+        """The complex conjugate, by the name that arrays give it."""
+        return Complex(self.real, -self.imag)
 
 
 def one_like(a: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqlab.kernels.kept import kept
-from seqlab.kernels.linear_scan.planes import conj, one_like
+from seqlab.kernels.linear_scan.planes import one_like
 from seqlab.kernels.precision import widen
 from seqlab.kernels.transition_scan import one_by_one, side_by_side
 from seqlab.parallel.transitions import Diagonal
@@ -59,13 +59,13 @@ def _forward(a, b, state):
 
 def _backward(saved, dh):
     a, state, h = saved
-    later = _each(lambda a: jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], 1), conj(a))
+    later = _each(lambda a: jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], 1), a.conj())
     reverse = functools.partial(_each, lambda a: jnp.flip(a, 1))
     d_state = _each(jnp.zeros_like, state)
     db = reverse(_scan(reverse(later), reverse(dh), d_state))
     before = _each(lambda s, h: jnp.concatenate([s[:, None], h[:, :-1]], 1), state, h)
     first = lambda tree: _each(lambda a: a[:, 0], tree)
-    return db * conj(before), db, conj(first(a)) * first(db)
+    return db * before.conj(), db, first(a).conj() * first(db)
 
 
 _scan.defvjp(_forward, _backward)
