@@ -48,9 +48,9 @@ class Recurrence:
         run = functools.partial(self._run, implementation, options)
 
         def shard(*args):
-            *tokens, state = args
             if self.transition is None:
-                return relay(run, tuple(tokens), state)
+                return relay(run, args[:cut], args[cut:-1], args[-1])
+            *tokens, state = args
             stretch = self.transition(*tokens, **options)
             entering, leaving = sequence.enter(stretch, state, current_travel())
             return run(*tokens, entering)[0], leaving

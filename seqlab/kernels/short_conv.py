@@ -1,19 +1,53 @@
 """Causal depthwise convolution with few taps, as shifted products; documents do not mix."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from seqlab.parallel.halo import with_halo
+
+
+def short_conv(
+    weight: jax.Array, x: jax.Array, reset: jax.Array, inputs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """y_t = sum_j weight[j] x_{t - W + 1 + j} over the taps j that lie in the document of token t.
+
+    weight  [W, D], the last tap for the token itself
+    x       [B, T, D]
+    reset   [B, T] bool, true where a document starts
+    inputs  [B, W - 1, D], what came before x in its document, zero where nothing did
+
+    Returns y [B, T, D], and the last W - 1 inputs of the document at the end, in the dtype of
+    `inputs`. Where the ambient mesh splits time, they travel from each device to the next.
+    """
+    W = weight.shape[0]
+    end = functools.partial(_last, n=W - 1)
+    return with_halo(_with_inputs, end, W - 1, (x, reset), inputs, (weight,))
+
+
+def _with_inputs(x, reset, weight, inputs):
+    W, T = weight.shape[0], x.shape[1]
+    past = jnp.concatenate([inputs.astype(x.dtype), x], 1)  # [B, W - 1 + T, D]
+    reset = jnp.pad(reset, [(0, 0), (W - 1, 0)])
+    last = _last(past[:, T:], reset[:, T:], W - 1)
+    return _convolved(weight, past, jnp.cumsum(reset, 1)), last.astype(inputs.dtype)
+
+
+def _last(x, reset, n):
+    """The last n of at least n tokens, zero where they are not of the last one's document."""
+    x, reset = (a[:, a.shape[1] - n :] for a in (x, reset))
+    later = jnp.cumsum(reset[:, ::-1], 1)[:, ::-1] - reset  # documents that start after the token
+    return jnp.where((later == 0)[..., None], x, 0)
+
 
 @jax.custom_vjp
-def short_conv(weight: jax.Array, past: jax.Array, document: jax.Array) -> jax.Array:
-    """y_t = sum_j weight[j] past[t + j] over the taps j that lie in the document of token t.
+def _convolved(weight: jax.Array, past: jax.Array, document: jax.Array) -> jax.Array:
+    """y [B, T, D] of the T tokens in `past` [B, W - 1 + T, D] behind the W - 1 before them, with
+    the same number in `document` [B, W - 1 + T] for tokens of one document.
 
-    weight    [W, D], the last tap for the token itself
-    past      [B, W - 1 + T, D], the T tokens behind the W - 1 before them
-    document  [B, W - 1 + T] int, equal for tokens of one document
-
-    Returns y [B, T, D]. The backward pass is written out because autodiff's sums over the tokens,
-    one for each tap, took ten times as long as the rest of it on a CPU.
+    The backward pass is written out because autodiff's sums over the tokens, one for each tap, took
+    ten times as long as the rest of it on a CPU.
     """
     return _shifted(weight, past, document)
 
@@ -46,7 +80,7 @@ def _backward(saved, dy):
     return d_weight.astype(weight.dtype), d_past, None
 
 
-short_conv.defvjp(_forward, _backward)
+_convolved.defvjp(_forward, _backward)
 
 
 def _same(document, W):

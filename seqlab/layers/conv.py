@@ -38,14 +38,7 @@ class ShortConv(Mixer):
         return State(jnp.zeros((batch, width - 1, d), jnp.float32))
 
     def mix(self, x, state: State, reset):
-        width, T = self.weight.shape[0], x.shape[1]
-        past = jnp.concatenate([state.inputs.astype(x.dtype), x], 1)  # [B, W - 1 + T, D]
-        document = jnp.pad(
-            jnp.cumsum(reset, 1), [(0, 0), (width - 1, 0)]
-        )  # the state is document 0
-        y = short_conv(self.weight[...].astype(x.dtype), past, document)
+        y, inputs = short_conv(self.weight[...].astype(x.dtype), x, reset, state.inputs)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
-        mine = document[:, T:] == document[:, -1:]
-        inputs = jnp.where(mine[..., None], past[:, T:], 0)
-        return y, State(inputs.astype(state.inputs.dtype))
+        return y, State(inputs)

@@ -45,19 +45,14 @@ class Ring(NamedTuple):
         return jnp.where((held >= jnp.minimum(slot, fixed)) & (held <= last), held, -1)
 
     def places(self, start: jax.Array, position: jax.Array, reset: jax.Array) -> tuple:
-        """Position and document of T queries, and of the slots and these T tokens as keys.
+        """Position and document of T tokens, [B, T] each, and of what the slots hold, [B, slots]
+        each, as `kernels.attention` takes them.
 
-        start [B], where the state stands; position, reset [B, T]. Returns [B, T] twice, then
-        [B, slots + T] twice, as `kernels.attention` takes them.
+        start [B], where the state stands; position, reset [B, T].
         """
         held = self.held(start)
         document = jnp.cumsum(reset, 1, dtype=jnp.int32)  # what the state holds is document 0
-        return (
-            position,
-            document,
-            jnp.concatenate([held, position], 1),
-            jnp.concatenate([jnp.where(held < 0, -1, 0), document], 1),
-        )
+        return (position, document), (held, jnp.where(held < 0, -1, 0))
 
     def keep(self, old: Any, new: Any, position: jax.Array) -> Any:
         """The slots after new tokens, of which `position` [B] is the end.

@@ -23,7 +23,7 @@ RULES = {"embed": DATA, "heads": MODEL, "ffn": MODEL, "vocab": MODEL, None: None
 STRATEGIES = ("all_gather", "ring", "all_scan", "doubling", "window", "two_level", "auto")
 
 #: How softmax attention sees the keys of other devices along `seq`.
-ATTENTIONS = ("gather_kv",)
+ATTENTIONS = ("gather_kv", "ring", "zigzag", "token_ring", "ulysses", "rsa")
 
 
 class Travel(NamedTuple):

@@ -1,10 +1,11 @@
 """How long a compiled program takes, and whether it fits."""
 
+import collections
 from typing import NamedTuple
 
 from seqlab.parallel.cost import Link
 from seqlab.plan.programs import Program
-from seqlab.plan.schedule import KINDS, Collective
+from seqlab.plan.schedule import Collective
 from seqlab.plan.topology import Topology
 
 FORMULA = (
@@ -58,7 +59,7 @@ def estimate(program: Program, topology: Topology, flops: int) -> Estimate:
     products = flops / (topology.count * device.flops)
     clock = device.clock
     work = schedule.cycles / clock if clock else products * device.flops / topology.link.flops
-    exposed = dict.fromkeys(KINDS, 0.0)
+    exposed = collections.defaultdict(float)
     for c in schedule.collectives:
         exposed[c.kind] += c.count * _exposed(c, topology.link, clock)
     rows = tuple({**row, "exposed": exposed[row["kind"]]} for row in schedule.totals())

@@ -1,4 +1,5 @@
-"""Softmax attention over keys of several documents: causal, sliding window, sinks, grouped heads.
+"""Softmax attention over keys of several documents: causal or not, sliding window, sinks, grouped
+heads.
 
 `attention` is what to call; `definition` is what it computes. Papers: Vaswani et al. (2017);
 grouped-query heads, Ainslie et al. (2023); sinks, Xiao et al. (2023, StreamingLLM).
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from seqlab.errors import ConfigError, nearest
+from seqlab.kernels.attention.across_devices import across_devices, time_is_split
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
-from seqlab.kernels.attention.xla import blockwise
+from seqlab.kernels.attention.xla import Options, blockwise
 
 __all__ = ["EMPTY", "attention", "attention_with_lse", "definition"]
 
@@ -30,8 +32,10 @@ def attention_with_lse(
     k_position: jax.Array,
     k_document: jax.Array,
     *,
+    past: tuple[jax.Array, ...] | None = None,
     window: int | None = None,
     sinks: int = 0,
+    causal: bool = True,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -41,13 +45,21 @@ def attention_with_lse(
     k, v                    [B, S, G, K], [B, S, G, V], in the dtype of q
     q_position, k_position  [B, T], [B, S] int32, index within the document
     q_document, k_document  [B, T], [B, S] int32; -1 is an empty slot, seen by nobody
-    window, sinks           a key is seen by queries of its own document that do not come before
-                            it, if fewer than `window` tokens back or among the first `sinks`
+    past                    k, v, position, document of more keys, of any number and dtype: those
+                            that a state keeps
+    window, sinks           a key is seen by queries of its own document, if fewer than `window`
+                            tokens away or among the first `sinks`
+    causal                  and only by those that do not come before it
     scale                   K ** -0.5 unless given
     implementation          "reference" or "xla"; T == 1 always takes the definition
+
+    Where the ambient mesh splits time, queries meet keys as `use_mesh(attention=...)` says
+    (`across_devices`), while `past` is whole on every device; the reference is left to XLA.
+
     Returns y [B, T, H, V] in the dtype of q, and the log-sum-exp of the scores [B, T, H], float32
     or wider. A query that sees nothing gives 0, with log-sum-exp `EMPTY`.
-    Raises ConfigError if H is not a multiple of G or the implementation is unknown.
+    Raises ConfigError if H is not a multiple of G, the implementation is unknown, or heads cannot
+    be split as the mesh says.
     """
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key-value heads.")
@@ -56,14 +68,22 @@ def attention_with_lse(
             f"attention has no implementation {implementation!r}: "
             + nearest(implementation, IMPLEMENTATIONS)
         )
-    run = definition if q.shape[1] == 1 else IMPLEMENTATIONS[implementation or "xla"]
+    implementation = "reference" if q.shape[1] == 1 else implementation or "xla"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    at = q_position, q_document, k_position, k_document
-    return run(q, k, v, *at, window=window, sinks=sinks, scale=scale)
+    options = {"window": window, "sinks": sinks, "causal": causal, "scale": scale}
+    queries, keys = (q, q_position, q_document), (k, v, k_position, k_document)
+    if past is not None:
+        past = tuple(a.astype(b.dtype) for a, b in zip(past, keys, strict=True))
+    if implementation == "xla" and time_is_split(q, k):
+        return across_devices(queries, keys, past, Options(**options))
+    if past is not None:
+        keys = tuple(jnp.concatenate(pair, 1) for pair in zip(past, keys, strict=True))
+    k, v, *k_at = keys
+    return IMPLEMENTATIONS[implementation](q, k, v, *queries[1:], *k_at, **options)
 
 
 def definition(
-    q, k, v, q_position, q_document, k_position, k_document, *, window, sinks, scale
+    q, k, v, q_position, q_document, k_position, k_document, *, window, sinks, scale, causal=True
 ) -> tuple[jax.Array, jax.Array]:
     """What `attention` computes, with all T x S scores at once; returns y and log-sum-exp."""
     (B, T, H, K), G = q.shape, k.shape[2]
@@ -71,7 +91,7 @@ def definition(
     q = q.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=wide) * scale
     queries = q_position[..., None], q_document[..., None]
-    sees = visible(*queries, k_position[:, None], k_document[:, None], window, sinks)  # [B, T, S]
+    sees = visible(*queries, k_position[:, None], k_document[:, None], window, sinks, causal)
     scores = jnp.where(sees[:, None, None], scores, MASKED)
     lse = jnp.maximum(jax.nn.logsumexp(scores, -1), EMPTY)  # [B, G, R, T]
     weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)  # 0 where masked

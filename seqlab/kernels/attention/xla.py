@@ -7,6 +7,7 @@ the gradient; scores are recomputed.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,31 +22,106 @@ class Options(NamedTuple):
     window: int | None
     sinks: int
     scale: float
+    causal: bool = True
+
+    @property
+    def sight(self) -> dict[str, Any]:
+        """Who sees whom, as `visible` takes it."""
+        return {"window": self.window, "sinks": self.sinks, "causal": self.causal}
+
+
+class Queries(NamedTuple):
+    """In blocks. The heads that share a key are further rows of its block: C = rows x heads."""
+
+    q: jax.Array  # [N, B, G, C, K]
+    at: jax.Array  # [2, N, B, C], position and document
+
+
+class Keys(NamedTuple):
+    """In blocks."""
+
+    k: jax.Array  # [M, B, G, D, K]
+    v: jax.Array  # [M, B, G, D, V]
+    at: jax.Array  # [2, M, B, D], position and document
+
+
+class Seen(NamedTuple):
+    """What queries have seen of the keys that they met so far, before it is divided by `total`."""
+
+    y: jax.Array  # [N, B, G, C, V], the sum of exp(score - top) v
+    top: jax.Array  # [N, B, G, C], the largest score
+    total: jax.Array  # [N, B, G, C], the sum of exp(score - top)
+
+
+class Answered(NamedTuple):
+    """Queries with what their gradient needs, once all keys have been seen."""
+
+    q: jax.Array
+    at: jax.Array
+    lse: jax.Array  # [N, B, G, C]
+    offset: jax.Array  # [N, B, G, C], see `answered`
+    dy: jax.Array  # [N, B, G, C, V]
+
+
+class Gradients(NamedTuple):
+    """Sums so far, float32 or wider."""
+
+    q_turned: jax.Array  # [N, B, G, K, C]
+    k: jax.Array
+    v: jax.Array
+
+
+class Meeting(NamedTuple):
+    """How queries meet keys: `see` and `pull`, or something that does the same with more keys."""
+
+    see: Callable  # (options, queries, keys, seen) -> seen
+    pull: Callable  # (options, answered, keys, gradients) -> gradients
 
 
 def blockwise(q, k, v, q_position, q_document, k_position, k_document, *, block=None, **options):
     """The arguments of `attention`, and how many query rows and keys make a block, by default what
     suits the window. Returns y and log-sum-exp."""
-    (B, T, H, K), G = q.shape, k.shape[2]
-    options, R = Options(**options), H // G
-    rows, keys = block or _block(options.window)
-    C, D = min(max(rows // R, 1), T), min(keys, k.shape[1])
-    # the heads that share a key are further rows of its block: [N, B, G, R * C, K]
+    options = Options(**options)
+    rows, columns = block or block_for(options.window)
+    queries = in_rows((q, q_position, q_document), k.shape[2], rows)
+    keys = in_columns((k, v, k_position, k_document), columns)
+    return in_order(attend(options, HERE, queries, keys), q.shape[:3])
+
+
+def in_rows(queries: tuple, G: int, rows: int) -> Queries:
+    """q [B, T, H, K], position and document [B, T], for G key heads, in blocks of `rows`."""
+    q, position, document = queries
+    B, T, H, K = q.shape
+    R, C = H // G, min(max(rows * G // H, 1), T)
     q = _blocks(q.reshape(B, T, G, R, K), C).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, G, R * C, K)
-    k, v = _blocks(k, D).swapaxes(2, 3), _blocks(v, D).swapaxes(2, 3)  # [M, B, G, D, K or V]
-    q_at = jnp.stack([_blocks(q_position, C), _blocks(q_document, C, fill=-1)])
-    q_at = jnp.tile(q_at, R)  # [2, N, B, R * C]
-    k_at = jnp.stack([_blocks(k_position, D), _blocks(k_document, D, fill=-1)])  # [2, M, B, D]
-    outputs: Any = _attention(options, q, k, v, q_at, k_at)
-    y, lse = (a.reshape(-1, B, G, R, C, *a.shape[4:]) for a in outputs)
+    at = jnp.stack([_blocks(position, C), _blocks(document, C, fill=-1)])
+    return Queries(q, jnp.tile(at, R))
+
+
+def in_columns(keys: tuple, columns: int) -> Keys:
+    """k [B, S, G, K], v [B, S, G, V], position and document [B, S], in blocks of `columns`."""
+    k, v, position, document = keys
+    D = min(columns, k.shape[1])
+    at = jnp.stack([_blocks(position, D), _blocks(document, D, fill=-1)])
+    return Keys(_blocks(k, D).swapaxes(2, 3), _blocks(v, D).swapaxes(2, 3), at)
+
+
+def in_order(outputs, shape: tuple[int, ...]):
+    """y and log-sum-exp in blocks -> [B, T, H, V] and [B, T, H]"""
+    (B, T, H), (y, lse) = shape, outputs
+    G = y.shape[2]
+    y, lse = (a.reshape(-1, B, G, H // G, a.shape[3] * G // H, *a.shape[4:]) for a in (y, lse))
     y = y.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, y.shape[-1])
     return y[:, :T], lse.transpose(1, 0, 4, 2, 3).reshape(B, -1, H)[:, :T]
 
 
-def _block(window) -> tuple[int, int]:
+def block_for(window) -> tuple[int, int]:
     """On a CPU the best of 128 to 512 rows and keys at T = 2048; a narrow window wastes less of
     smaller ones."""
-    return (512, 256) if window is None or window >= 512 else (256, 128)
+    return WIDE if window is None or window >= WIDE[0] else NARROW
+
+
+WIDE, NARROW = (512, 256), (256, 128)
 
 
 def _blocks(a, size, fill=0):
@@ -55,16 +131,71 @@ def _blocks(a, size, fill=0):
     return a.reshape(B, -1, size, *a.shape[2:]).swapaxes(0, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, q, k, v, q_at, k_at):
-    return _forward(options, q, k, v, q_at, k_at)[0]
+def attend(options: Options, meeting: Meeting, queries: Queries, keys: Keys, past=None):
+    """y and log-sum-exp [N, B, G, C, V] and [N, B, G, C] of queries that meet these keys, and
+    before them those of `past` (Keys), if there are any, which are here whatever the meeting."""
+    outputs: Any = _attend(options, meeting, queries, keys, past)
+    return outputs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(options, meeting, queries, keys, past):
+    return _forward(options, meeting, queries, keys, past)[0]
+
+
+def _forward(options, meeting, queries, keys, past):
+    seen = nothing_seen(queries.q, keys.v)
+    if past is not None:
+        seen = see(options, queries, past, seen)
+    outputs = kept(answer(meeting.see(options, queries, keys, seen), queries.q.dtype))
+    return outputs, (queries, keys, past, *outputs)
+
+
+def _backward(options, meeting, saved, cotangents):
+    queries, keys, past, y, lse = saved
+    done = answered(queries, y, lse, *cotangents)
+    d_past, zeros = None, zero_gradients(queries.q, keys)
+    if past is not None:
+        before = pull(options, done, past, zero_gradients(queries.q, past))
+        d_past, zeros = _as_keys(before, past), zeros._replace(q_turned=before.q_turned)
+    d = meeting.pull(options, done, keys, zeros)
+    return Queries(d.q_turned.mT.astype(queries.q.dtype), None), _as_keys(d, keys), d_past  # pyright: ignore
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _as_keys(d: Gradients, keys: Keys) -> Keys:
+    return Keys(d.k.astype(keys.k.dtype), d.v.astype(keys.v.dtype), None)  # pyright: ignore
+
+
+def nothing_seen(q, v) -> Seen:
+    zero = widen(q[..., 0]) * 0  # [N, B, G, C], sharded and typed as q is
+    return Seen(jnp.broadcast_to(zero[..., None], (*zero.shape, v.shape[-1])), zero + EMPTY, zero)
+
+
+def answer(seen: Seen, dtype):
+    """y and log-sum-exp; a query that saw nothing gets 0 and EMPTY."""
+    total = jnp.where(seen.total > 0, seen.total, 1)
+    return (seen.y / total[..., None]).astype(dtype), seen.top + jnp.log(total)
+
+
+def answered(queries: Queries, y, lse, dy, dlse) -> Answered:
+    # dscores = weights * (dweights - sum(dweights * weights) + dlse), and the sum is that of dy * y
+    return Answered(*queries, lse, jnp.sum(widen(dy) * widen(y), -1) - dlse, dy)
+
+
+def zero_gradients(q, keys: Keys) -> Gradients:
+    return Gradients(*(widen(a) * 0 for a in (q.mT, keys.k, keys.v)))
 
 
 # All products below are of plain row-major matrices, [M, K] by [K, N]: what has to be turned for
 # that is turned once, outside the loop. Where XLA has to turn scores it takes twice as long.
 
 
-def _forward(options, q, k, v, q_at, k_at):
+def see(options: Options, queries: Queries, keys: Keys, seen: Seen) -> Seen:
+    """What the queries have seen, and these keys too."""
+    (q, q_at), (k, v, k_at) = queries, keys
     k_turned = k.mT
 
     def step(i, j, clear, carry):
@@ -80,19 +211,12 @@ def _forward(options, q, k, v, q_at, k_at):
         new = shrink[..., None] * acc + seen, highest, total
         return tuple(_put(a, i, b) for a, b in zip(carry, new, strict=True))
 
-    zero = widen(q[..., 0]) * 0  # [N, B, G, C], sharded and typed as q is
-    acc = jnp.broadcast_to(zero[..., None], (*zero.shape, v.shape[-1]))
-    acc, top, total = _each_pair(step, options, q_at, k_at, (acc, zero + EMPTY, zero))
-    total = jnp.where(total > 0, total, 1)  # a query that saw nothing: y = 0, log-sum-exp = EMPTY
-    y, lse = kept(((acc / total[..., None]).astype(q.dtype), top + jnp.log(total)))
-    return (y, lse), (q, k, v, q_at, k_at, y, lse)
+    return Seen(*_each_pair(step, options, q_at, k_at, tuple(seen)))
 
 
-def _backward(options, kept, cotangents):
-    q, k, v, q_at, k_at, y, lse = kept
-    dy, dlse = cotangents
-    # dscores = weights * (dweights - sum(dweights * weights) + dlse), and the sum is that of dy * y
-    offset = jnp.sum(widen(dy) * widen(y), -1) - dlse
+def pull(options: Options, done: Answered, keys: Keys, gradients: Gradients) -> Gradients:
+    """The gradients, and what these keys add to those of the queries and get themselves."""
+    (q, q_at, lse, offset, dy), (k, v, k_at) = done, keys
     q_turned, dy_turned, k_turned = q.mT, dy.mT, k.mT
 
     def step(i, j, clear, carry):  # scores and what is like them stand as [keys, queries]
@@ -108,19 +232,16 @@ def _backward(options, kept, cotangents):
         dq_turned = _add(dq_turned, i, _dot("bgks,bgst->bgkt", k_turned[j], dscores))
         return dq_turned, dk, dv
 
-    zeros = tuple(widen(a) * 0 for a in (q_turned, k, v))
-    dq_turned, dk, dv = _each_pair(step, options, q_at, k_at, zeros)
-    grads = dq_turned.mT, dk, dv
-    return *(g.astype(a.dtype) for g, a in zip(grads, (q, k, v), strict=True)), None, None
+    return Gradients(*_each_pair(step, options, q_at, k_at, tuple(gradients)))
 
 
-_attention.defvjp(_forward, _backward)
+HERE = Meeting(see, pull)
 
 
 def _each_pair(step, options, q_at, k_at, carry):
     """carry = step(i, j, clear, carry) over the pairs of query block i and key block j in which
     something is visible; in a clear pair, everything is."""
-    some, every = visible_blocks(q_at, k_at, options.window, options.sinks)
+    some, every = visible_blocks(q_at, k_at, **options.sight)
     i, j = jnp.nonzero(some, size=some.size, fill_value=0)
     clear = every[i, j]
     pair = lambda n, carry: step(i[n], j[n], clear[n], carry)
@@ -132,7 +253,7 @@ def _masked(options, scores, q_at, k_at, clear):
     mask, which on a CPU costs more than the product."""
 
     def masked(scores):
-        sees = visible(*q_at, *k_at, *options[:2])
+        sees = visible(*q_at, *k_at, **options.sight)
         return jnp.where(sees[:, None], scores, MASKED)
 
     return jax.lax.cond(clear, lambda scores: scores, masked, scores)

@@ -114,11 +114,10 @@ class Attention(Mixer):
         q = self._turn(self.q(x), c.heads, self.q_norm, position)
         k = self._turn(self.k(x), self.kv_heads, self.k_norm, position)
         v = heads(self.v(x), self.kv_heads)
+        at, held = self.ring.places(state.position, position, reset)
         y = attention(
-            q,
-            jnp.concatenate([state.k.astype(k.dtype), k], 1),
-            jnp.concatenate([state.v.astype(v.dtype), v], 1),
-            *self.ring.places(state.position, position, reset),
+            *(q, k, v, *at, *at),
+            past=(state.k, state.v, *held),
             window=c.window,
             sinks=c.sinks,
             scale=c.scale,

@@ -101,15 +101,10 @@ class MLA(Mixer):
         latent = self.kv_norm(latent)
         q_turning = self._turn(q_turning, position)
         shared = self._turn(shared[:, :, None], position)[:, :, 0]
-
         attend = self._attend_latent if x.shape[1] == 1 else self._attend_heads
-        y = attend(
-            q,
-            q_turning,
-            jnp.concatenate([state.latent.astype(x.dtype), latent], 1),
-            jnp.concatenate([state.shared.astype(x.dtype), shared], 1),
-            self.ring.places(state.position, position, reset),
-        )
+        at, held = self.ring.places(state.position, position, reset)
+        past = state.latent.astype(x.dtype), state.shared.astype(x.dtype), *held
+        y = attend(q, q_turning, (latent, shared, *at), past)
         y, end = self.ring.mark_overflow(self.out(merge(y)), position), position[:, -1] + 1
         latent, shared = self.ring.keep((state.latent, state.shared), (latent, shared), end)
         return y, State(latent, shared, end)
@@ -122,29 +117,33 @@ class MLA(Mixer):
             a = merge(heads(a, c.rope_dim // 2).swapaxes(-1, -2))
         return rope(a, position, c.rope_base, scaling=c.rope_scaling)
 
-    def _attend_heads(self, q, q_turning, latent, shared, places):
-        """q [B, T, H, nope], q_turning [B, T, H, rope], latent, shared [B, S, ...] -> y by head"""
+    def _attend_heads(self, q, q_turning, tokens, past):
+        """tokens and past: latent vectors, shared parts, positions and documents -> y by head"""
         c = self.config
-        k, v = jnp.split(heads(self.kv(latent), c.heads), [c.nope_dim], -1)
-        shared = jnp.broadcast_to(shared[:, :, None], (*k.shape[:-1], c.rope_dim))
-        return self._attend(q, q_turning, k, shared, v, places)
 
-    def _attend_latent(self, q, q_turning, latent, shared, places):
+        def keys(latent, shared, *at):
+            k, v = jnp.split(heads(self.kv(latent), c.heads), [c.nope_dim], -1)
+            shared = jnp.broadcast_to(shared[:, :, None], (*k.shape[:-1], c.rope_dim))
+            return jnp.concatenate([k, shared], -1), v, *at
+
+        return self._attend(q, q_turning, keys(*tokens), keys(*past))
+
+    def _attend_latent(self, q, q_turning, tokens, past):
         """The same by way of (q W_k^T) c^T = q (c W_k)^T and (softmax c) W_v = softmax (c W_v)."""
         c = self.config
         k, v = jnp.split(heads(self.kv.weight[...].astype(q.dtype), c.heads), [c.nope_dim], -1)
         q = jnp.einsum("bthk,rhk->bthr", q, k)
-        latent = latent[:, :, None]
-        y = self._attend(q, q_turning, latent, shared[:, :, None], latent, places)
+        join = lambda latent, shared: jnp.concatenate([latent, shared], -1)[:, :, None]
+        keys = lambda latent, shared, *at: (join(latent, shared), latent[:, :, None], *at)
+        y = self._attend(q, q_turning, keys(*tokens), keys(*past))
         return jnp.einsum("bthr,rhv->bthv", y, v)
 
-    def _attend(self, q, q_turning, k, shared, v, places):
+    def _attend(self, q, q_turning, keys, past):
         c = self.config
         return attention(
             jnp.concatenate([q, q_turning], -1),
-            jnp.concatenate([k, shared], -1),
-            v,
-            *places,
+            *(*keys, *keys[2:]),
+            past=past,
             scale=c.scale or (c.nope_dim + c.rope_dim) ** -0.5,
             implementation=c.implementation,
         )

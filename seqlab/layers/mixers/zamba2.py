@@ -122,11 +122,10 @@ class Zamba2(Mixer):
         q, k, v = (heads(project(x), c.heads) for project in (self.q, self.k, self.v))
         if c.rope_base is not None:
             q, k = (rope(a, position, c.rope_base, scaling=c.rope_scaling) for a in (q, k))
+        at, held = self.ring.places(state.position, position, reset)
         y = attention(
-            q,
-            jnp.concatenate([state.k.astype(k.dtype), k], 1),
-            jnp.concatenate([state.v.astype(v.dtype), v], 1),
-            *self.ring.places(state.position, position, reset),
+            *(q, k, v, *at, *at),
+            past=(state.k, state.v, *held),
             scale=(self.head_dim / 2) ** -0.5,
             implementation=c.implementation,
         )
