@@ -7,8 +7,10 @@ tokens as one device has alone, strategies in turns; documents begin on the devi
 so that `window` is exact too. These devices share the cores, so the times show what a strategy adds
 on a machine where sending costs nothing and every program step something, not what it would on a
 network. With other work on the machine, read the CPU seconds: the results here were taken on two
-cores with a load of 12, where times of the wall say nothing. Then the cost model for 64 to 1024 devices and 1M to 8M tokens, its claims those of the
-papers, and results/sequence_parallel.png.
+cores with a load of 12, where times of the wall say nothing.
+
+Then the cost model for 64 to 1024 devices and 1M to 8M tokens, its claims those of the papers, and
+results/sequence_parallel.png.
 """
 
 import os
