@@ -55,7 +55,7 @@ def all_scan(
         for x, wide in zip((a, update, state), columns, strict=True)
     ]
     entering = [
-        _kernel_call(*(x[group] for x in parts), axis, reverse, blocks, interpret)
+        _kernel_call([x[group] for x in parts], axis, reverse, blocks, interpret)
         for group in range(count)
     ]
     return jnp.concatenate(entering)[:R, :V].reshape(update.shape)
@@ -70,7 +70,8 @@ def groups(rows: int, columns: int, blocks: int) -> tuple[int, int]:
     return count, _up(-(-rows // count), tile)
 
 
-def _kernel_call(decay, update, state, axis, reverse, blocks, interpret):
+def _kernel_call(arrays, axis, reverse, blocks, interpret):
+    update = arrays[1]
     varies = jax.typeof(update).manual_axis_type  # as the types of shard_map ask for
     vector = pl.BlockSpec(memory_space=pltpu.VMEM)
     semaphores = pltpu.SemaphoreType.DMA((blocks,))
@@ -85,7 +86,7 @@ def _kernel_call(decay, update, state, axis, reverse, blocks, interpret):
         ),
         interpret=interpret,
         name="all_scan",
-    )(decay, update, state)
+    )(*arrays)
 
 
 def _kernel(decay, update, state, entering, leaving, sent, received, *, axis, reverse, blocks):
