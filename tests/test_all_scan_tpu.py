@@ -11,9 +11,10 @@ from jax import P, lax
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.conformance import tolerance
-from seqlab.parallel import all_scan_tpu
+from seqlab.parallel import all_scan_tpu, sequence
 from seqlab.parallel.all_scan_tpu import all_scan
-from seqlab.parallel.mesh import make_mesh
+from seqlab.parallel.mesh import Travel, make_mesh
+from seqlab.parallel.transitions import Diagonal
 from seqlab.plan import schedule, topology
 
 
@@ -110,3 +111,27 @@ def test_it_compiles_for_tpus(name, sizes):
     program = jax.jit(on(mesh, reverse=seq == 64)).lower(decay, update, state).compile()
     assert 'custom_call_target="tpu_custom_call"' in program.as_text()
     assert schedule.read(program.as_text()).collectives == ()  # the kernel does it all
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles with libtpu")
+def test_the_strategy_is_this_kernel_on_a_tpu_forward_and_backward():
+    mesh = topology.parse("v5e:4x4").mesh(2, 8, 1)
+    shards = P("data", "seq")
+
+    def local(a, b, s):
+        entering, _ = sequence.enter(Diagonal(a[0], b[0]), s[0], Travel("all_scan"))
+        return entering[None]
+
+    lifted = jax.shard_map(local, mesh=mesh, in_specs=(shards, shards, P("data")), out_specs=shards)
+    loss = lambda a, b, s: jnp.sum(jnp.sin(lifted(a, b, s)))
+    shape = lambda *shape, axes: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=jax.NamedSharding(mesh, axes)
+    )
+    numbers = (
+        shape(2, 8 * 64, 1, axes=shards),
+        shape(2, 8 * 64, 128, axes=shards),
+        shape(2, 64, 128, axes=P("data")),
+    )
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(*numbers).compile().as_text()
+    assert program.count('custom_call_target="tpu_custom_call"') == 2
+    assert "collective-permute" not in program

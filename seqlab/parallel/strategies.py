@@ -26,9 +26,10 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from seqlab.errors import ConfigError
-from seqlab.parallel import cost
+from seqlab.parallel import all_scan_tpu, cost
 from seqlab.parallel.lines import Cut, Lines, divisible, pipelined, size_of
 from seqlab.parallel.mesh import SEQ, Travel
+from seqlab.parallel.transitions import Diagonal
 
 #: Memory is laid out in tiles of this many rows and columns on a TPU: blocks keep them whole.
 TILE = {-1: 128, -2: 8}
@@ -64,15 +65,22 @@ def ring(stretch, state, line: Lines, travel: Travel):
 
 def all_scan(stretch, state, line: Lines, travel: Travel):
     """All-Scan (ZeCO, Chou et al., 2025): as ring, but in blocks, so that all devices are busy:
-    while one sends a block on, it receives the next."""
+    while one sends a block on, it receives the next. On a TPU decays are led by remote copies."""
     blocks = blocks_for(stretch, state, line.size, travel.blocks)
     cut = stretch.cut(blocks.axis)
-
-    def leaving(number, entering):
-        return blocks.block(stretch, cut, number)(entering)
-
     everything = jax.tree.map(lambda _: True, state)
-    return pipelined(line, leaving, state, everything, blocks)
+
+    def looped(stretch, state):
+        leaving = lambda number, entering: blocks.block(stretch, cut, number)(entering)
+        return pipelined(line, leaving, state, everything, blocks)
+
+    def copied(stretch, state):
+        (decay, update), back = stretch, line.lines[0][0] != 0
+        return all_scan_tpu.all_scan(decay, update, state, SEQ, back, blocks.count)
+
+    if not (isinstance(stretch, Diagonal) and getattr(state, "dtype", None) == jnp.float32):
+        return looped(stretch, state)  # matrices, complex planes, float64
+    return lax.platform_dependent(stretch, state, tpu=copied, default=looped)
 
 
 def doubling(stretch, state, line: Lines, travel: Travel):

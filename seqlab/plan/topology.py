@@ -6,13 +6,12 @@ import os
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from seqlab.errors import ConfigError, nearest
 from seqlab.parallel.cost import LINKS, Link
-from seqlab.parallel.mesh import DATA, MODEL, SEQ
+from seqlab.parallel.mesh import make_mesh
 
 GiB = 2**30
 
@@ -61,7 +60,7 @@ EXAMPLES = (
 
 
 class Topology(NamedTuple):
-    """`count` devices of a generation; `devices` are those of a TPU topology, in snake order."""
+    """`count` devices of a generation; `devices` are those of a TPU topology."""
 
     name: str
     generation: str
@@ -83,8 +82,7 @@ class Topology(NamedTuple):
     def mesh(self, data: int, seq: int, model: int) -> Mesh:
         """The mesh of these sizes over all devices; ConfigError where they are more or fewer."""
         self.require(data, seq, model)
-        devices = np.array(self.devices).reshape(data, seq, model)
-        return Mesh(devices, (DATA, SEQ, MODEL), axis_types=(AxisType.Auto,) * 3)
+        return make_mesh(data, seq, model, self.devices)
 
     def require(self, data: int, seq: int, model: int) -> None:
         if data * seq * model != self.count:
@@ -110,7 +108,7 @@ def parse(name: str) -> Topology:
     topology = Topology(name, generation, math.prod(map(int, sizes)), ())
     if not topology.is_tpu:
         return topology
-    devices = snake(_tpu_devices(name.lower()))
+    devices = tuple(_tpu_devices(name.lower()))
     return topology._replace(count=len(devices), devices=devices)
 
 
@@ -140,15 +138,3 @@ def _tpu_devices(name: str) -> list:
         raise ConfigError(
             f"There is no topology {name!r} ({reason}): write it like {_examples()}."
         ) from None
-
-
-def snake(devices: list) -> tuple:
-    """There and back along x, then y, then z: each device is one link away from the next."""
-
-    def place(device):
-        x, y, z = device.coords
-        y = y if z % 2 == 0 else -y
-        x = x if (y + z) % 2 == 0 else -x
-        return z, y, x, device.core_on_chip
-
-    return tuple(sorted(devices, key=place))
