@@ -1,7 +1,7 @@
 """Recurrent networks with a non-linear cell and heads that do not see each other's state.
 
 Their steps depend on each other through a product and a non-linearity, so that time cannot be cut
-in parallel pieces: there is no transition, and on a mesh the devices along `seq` take turns.
+in parallel pieces: there is no transition, and devices along `seq` share rows and heads, not steps.
 """
 
 from collections.abc import Callable
