@@ -40,6 +40,7 @@ def generate(
     as_json: bool = False,
     chat: bool = False,
     system: str | None = None,
+    read_twice: bool = False,
     max_length: int | None = None,
 ) -> int:
     """Run the command; returns the exit status: 0, or 130 after Ctrl-C.
@@ -52,6 +53,8 @@ def generate(
                  last token of the text (a stop string included)
     state        a file that `save_state` wrote: the prompt, which may then be absent, continues it
     chat         the prompt is a message in the model's chat template, after `system` if given
+    read_twice   give the prompt (with chat: the message) twice, or to a model with a prefix as
+                 often as it takes to be longer than that
     max_length   tokens that full attention holds, for a published model
     as_json      print one JSON object a row: row, prompt_tokens, text, tokens, finish ("length",
                  "stop", "nan", "interrupted"), seconds, tokens_per_second (without the first
@@ -60,10 +63,11 @@ def generate(
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampling = settings.read(Sampling, choices, where="generate")
     _check(prompt, prompt_file, steps, batch, stop, save_state, state)
-    _check_chat(chat, system, state)
+    _check_begun(chat, system, read_twice, state)
     lm, tokenizer = _load(model, max_length)
     session = Session(lm) if state is None else Session.load(lm, state)
-    given = prompt, prompt_file, tokenizer
+    again = _again(prompt, prompt_file, tokenizer, lm.prefix) if read_twice else prompt
+    given = again, prompt_file, tokenizer
     ids = _conversation(*given, system) if chat else _ids(*given, marked=state is None)
     read = _feed(session, ids, state)
     run = Run(session.fork(batch), tokenizer, sampling, seed, stop, exact=save_state is not None)
@@ -183,11 +187,15 @@ def _check(prompt, prompt_file, steps, batch, stop, save_state, state) -> None:
         raise ConfigError(f"The folder of --save-state {save_state} does not exist: create it.")
 
 
-def _check_chat(chat: bool, system: str | None, state: pathlib.Path | None) -> None:
+def _check_begun(
+    chat: bool, system: str | None, read_twice: bool, state: pathlib.Path | None
+) -> None:
     if system is not None and not chat:
         raise ConfigError("--system is a message of a conversation: give --chat too.")
     if chat and state is not None:
         raise ConfigError("--chat begins a conversation, and --state goes on: give one of them.")
+    if read_twice and state is not None:
+        raise ConfigError("--read-twice begins a text, and --state goes on: give one of them.")
 
 
 def _load(path: pathlib.Path, max_length: int | None) -> tuple[LM, Tokenizer]:
@@ -224,12 +232,21 @@ def _ids(
     return itertools.chain(start, (np.array(tokenizer.encode(p), np.int32) for p in pieces))
 
 
+def _again(prompt: str | None, prompt_file: str | None, tokenizer: Tokenizer, prefix: int) -> str:
+    """The prompt as often as it is to be read."""
+    return text.repeated(_text(prompt, prompt_file), tokenizer.encode, prefix)
+
+
+def _text(prompt: str | None, prompt_file: str | None) -> str:
+    return prompt if prompt is not None else "".join(text.read(prompt_file or "-", whole=True))
+
+
 def _conversation(
     prompt: str | None, prompt_file: str | None, tokenizer: Tokenizer, system: str | None
 ) -> np.ndarray:
     """The ids of a conversation that the prompt begins."""
     if not isinstance(tokenizer, PublishedTokenizer):
         raise ModelError("This model has no chat template: give its prompt without --chat.")
-    said = prompt if prompt is not None else "".join(text.read(prompt_file or "-", whole=True))
+    said = _text(prompt, prompt_file)
     messages = [] if system is None else [{"role": "system", "content": system}]
     return np.array(tokenizer.chat([*messages, {"role": "user", "content": said}]), np.int32)

@@ -93,7 +93,7 @@ def train(config: Config, mesh: Mesh) -> Program:
         state = states.abstract(model, optimizer, mesh)
         B, T = config.data.batch, config.data.length
         row = _array((B, T + 1), jnp.int32, mesh, DATA)
-        step = make_step(model, optimizer, config.accumulate)
+        step = make_step(model, optimizer, config.accumulate, config.objective)
         make = lambda: step.lower(*state, Batch(row, row))
         return _compile("train step", B * T, make, state.params, state.optimizer)
 

@@ -16,6 +16,7 @@ from seqlab.models import lm
 from seqlab.parallel.mesh import Travel
 from seqlab.settings import STRICT
 from seqlab.train.data import Data
+from seqlab.train.objective import NEXT_TOKEN, Objective
 from seqlab.train.optimizer import Config as Optimizer
 
 
@@ -64,6 +65,7 @@ class Config:
     """One training run.
 
     steps          optimizer steps; each sees data.batch rows of data.length tokens
+    objective      what is trained for: the next token, or a prefix (see `train.objective`)
     accumulate     parts that a batch is cut in, to fit memory; the result is the same
     evaluate_every steps between evaluations on data.held_out; 0 is only at the end
     samples        prompts continued by `sample_tokens` tokens at the end, for the report
@@ -74,6 +76,7 @@ class Config:
     data: Data
     steps: PositiveInt
     optimizer: Optimizer = Optimizer()
+    objective: Objective = NEXT_TOKEN
     accumulate: PositiveInt = 1
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()

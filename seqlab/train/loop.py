@@ -81,6 +81,7 @@ def _check(config: Config, model: LM, tokenizer: Tokenizer) -> None:
             f"The tokenizer {config.data.tokenizer!r} has {tokenizer.vocab} ids but the model "
             f"only {config.model.vocab}: set model.vocab={tokenizer.vocab}."
         )
+    config.objective.check(model, config.data.length)
     limit = model.max_length
     if limit is not None and config.data.length > limit:
         raise ConfigError(
@@ -140,8 +141,10 @@ class _Run:
         console = Console(highlight=False, quiet=not processes.first())
         self.progress = self._closing(Progress(config.steps, first, console))
         self.say = self.progress.note
-        self.train_step = make_step(self.model, self.optimizer, config.accumulate)
-        self.evaluate_batch = make_evaluation(self.model)
+        self.train_step = make_step(
+            self.model, self.optimizer, config.accumulate, config.objective, config.seed
+        )
+        self.evaluate_batch = make_evaluation(self.model, config.objective)
         self._steps(stop)
         if self.step >= config.steps:
             self._evaluate()

@@ -10,6 +10,7 @@ import optax
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind
 from seqlab.train.corpus import Batch
+from seqlab.train.objective import NEXT_TOKEN, Asked, Objective
 
 
 class Loss(NamedTuple):
@@ -19,33 +20,43 @@ class Loss(NamedTuple):
     tokens: jax.Array
 
 
+def cross_entropy(model: LM, asked: Asked) -> Loss:
+    """Of every label that is asked for, times its weight."""
+    logits, _ = model(asked.tokens, reset=asked.reset)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, asked.labels)
+    counts = asked.weights > 0
+    return Loss(jnp.sum(jnp.where(counts, asked.weights * nats, 0.0)), jnp.sum(counts))
+
+
 def loss(model: LM, batch: Batch) -> Loss:
     """Cross-entropy of each token given those before it in its own document."""
-    here, there = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
-    reset = jnp.diff(here, axis=1, prepend=here[:, :1]) != 0
-    logits, _ = model(jnp.asarray(batch.tokens[:, :-1]), reset=reset)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
-    counts = (here == there) & (there > 0)
-    return Loss(jnp.sum(jnp.where(counts, nats, 0.0)), jnp.sum(counts))
+    return cross_entropy(model, NEXT_TOKEN.ask(batch))
 
 
 def make_step(
-    skeleton: LM, optimizer: optax.GradientTransformation, accumulate: int = 1
+    skeleton: LM,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+    objective: Objective = NEXT_TOKEN,
+    seed: int = 0,
 ) -> Callable[[dict, Any, Batch], tuple[dict, Any, dict[str, jax.Array]]]:
     """step(params, optimizer state, batch) -> the two updated, metrics; the first two are donated.
 
     The batch is cut in `accumulate` parts whose gradients add up to that of the whole: the loss
-    is the mean over all predicted tokens of the batch, however they fall among the parts.
+    is the mean over all predicted tokens of the batch, however they fall among the parts. What is
+    random in the objective follows from the seed and the number of updates so far.
     """
 
     def gradient(params, part):
         def nats(params):
-            total = loss(bind(skeleton, params), part)
+            total = cross_entropy(bind(skeleton, params), part)
             return total.nats, total
 
         return jax.grad(nats, has_aux=True)(params)
 
     def step(params, state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), _updates(state))
+        batch = objective.ask(batch, key)
         if accumulate == 1:
             grads, total = gradient(params, batch)
         else:
@@ -67,6 +78,16 @@ def make_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def make_evaluation(skeleton: LM) -> Callable[[dict, Batch], Loss]:
+def make_evaluation(
+    skeleton: LM, objective: Objective = NEXT_TOKEN
+) -> Callable[[dict, Batch], Loss]:
     """evaluate(params, batch) -> Loss"""
-    return jax.jit(lambda params, batch: loss(bind(skeleton, params), batch))
+    return jax.jit(
+        lambda params, batch: cross_entropy(bind(skeleton, params), objective.ask(batch))
+    )
+
+
+def _updates(state: Any) -> Any:
+    """How many updates an optimizer has made, of which each of its parts keeps count."""
+    counts = optax.tree.get_all_with_path(state, "count")
+    return counts[0][1] if counts else 0

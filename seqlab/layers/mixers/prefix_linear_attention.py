@@ -87,7 +87,7 @@ class PrefixLinearAttention(Mixer):
 
     def mix(self, x, state: State, reset):
         c, position = self.config, positions(reset, state.position)
-        begun = (0 < state.position) & (state.position < c.prefix_len)
+        begun = (state.position > 0) & (state.position < c.prefix_len)
         cut = begun[:, None] & (jnp.cumsum(reset, 1) == 0)
         _refuse(cut, state.position, c.prefix_len)
         q, k, prefix_k = (self.map(heads(f(x), c.heads)) for f in (self.q, self.k, self.prefix_k))
