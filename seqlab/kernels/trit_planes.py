@@ -1,6 +1,7 @@
 """Matrices as sums of a few planes of -1, 0 and 1, each with a scale per group of inputs: PTQTP
 (Xiao et al., 2025), which needs no data."""
 
+import functools
 import itertools
 
 import jax
@@ -36,7 +37,12 @@ def fit(weight: jax.Array, planes: int, group: int = GROUP) -> tuple[jax.Array, 
         return i + 1, _trits(w, scales), scales, jnp.max(jnp.abs(scales - before))
 
     signs = jnp.where(exists, jnp.where(w < 0, -1, 1), 0).astype(jnp.int8)
-    start = (0, jnp.stack([signs] * planes), jnp.zeros((planes, *unit[:, 0].shape), w.dtype), jnp.inf)
+    start = (
+        0,
+        jnp.stack([signs] * planes),
+        jnp.zeros((planes, *unit[:, 0].shape), w.dtype),
+        jnp.inf,
+    )
     _, trits, scales, _ = jax.lax.while_loop(more, step, start)
     return trits.reshape(planes, -1, N)[:, :K], scales * unit[:, 0]
 
@@ -45,7 +51,11 @@ def restored(trits: jax.Array, scales: jax.Array, group: int = GROUP) -> jax.Arr
     """The weights [K, N] that trits [P, K, N] and scales [P, G, N] stand for, in float32."""
     K = trits.shape[1]
     each = jnp.repeat(scales.astype(jnp.float32), group, 1)[:, :K]
-    return jnp.sum(trits * each, 0)
+    # plane by plane: of two sums over an axis that one product reads, XLA's CPU compiler of
+    # jaxlib 0.10.2 makes wrong numbers
+    return functools.reduce(
+        jnp.add, (plane * scale for plane, scale in zip(trits, each, strict=True))
+    )
 
 
 def _scales(w: jax.Array, trits: jax.Array) -> jax.Array:

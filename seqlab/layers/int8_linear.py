@@ -13,27 +13,27 @@ from pydantic.dataclasses import dataclass
 from seqlab.kernels.precision import widen
 from seqlab.kernels.quantize import by_token
 from seqlab.layers.linear import Linear, product
-from seqlab.settings import STRICT
-
-THRESHOLD = 6.0  # an input that is ever so large is an outlier
+from seqlab.settings import STRICT, PositiveFinite
 
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
-    """`outliers` says by the name of a projection (such as "down") how many of its inputs stay in
-    sixteen bits: as many in all layers, so that they stack."""
+    """An input that is ever as large as `threshold` is an outlier. `outliers` says by the name of a
+    projection (such as "down") how many of its inputs stay in sixteen bits: as many in all layers,
+    so that they stack."""
 
     trained_as: ClassVar[str] = "dense"
+    threshold: PositiveFinite = 6.0
     outliers: tuple[tuple[str, NonNegativeInt], ...] = ()
     head: bool = False
 
-    def replace(self, linear: Linear, name: str) -> "Int8Linear":
-        return Int8Linear(dict(self.outliers).get(name, 0), linear)
+    def replace(self, linear: Linear, path: str) -> "Int8Linear":
+        return Int8Linear(self._outliers(path), linear)
 
-    def quantized(self, weight: jax.Array, name: str, largest: np.ndarray) -> dict[str, jax.Array]:
+    def quantized(self, weight: jax.Array, path: str, largest: np.ndarray) -> dict[str, jax.Array]:
         """The arrays of an Int8Linear, from weights [..., d_in, d_out] and the largest |x| of each
         input [..., d_in]."""
-        n = dict(self.outliers).get(name, 0)
+        weight, n = widen(weight), self._outliers(path)
         outliers = jnp.argsort(-jnp.asarray(largest), axis=-1)[..., :n].astype(jnp.int32)
         chosen = outliers[..., None]
         rows = jnp.take_along_axis(weight, chosen, -2).astype(jnp.bfloat16)
@@ -41,6 +41,9 @@ class Config:
         scale = jnp.max(jnp.abs(rest), -2) / 127
         codes = jnp.round(rest / jnp.where(scale > 0, scale, 1)[..., None, :]).astype(jnp.int8)
         return {"codes": codes, "scale": scale, "outliers": outliers, "rows": rows}
+
+    def _outliers(self, path: str) -> int:
+        return dict(self.outliers).get(path.rpartition(".")[2], 0)
 
 
 class Int8Linear(nnx.Module):
@@ -64,6 +67,7 @@ class Int8Linear(nnx.Module):
         codes, scale = by_token(x.at[..., outliers].set(0))
         whole = product(codes, self.codes[...], preferred_element_type=jnp.int32)
         y = whole.astype(jnp.float32) * (scale * self.scale[...])
-        y += product(widen(x[..., outliers]), widen(self.rows[...]))
+        if outliers.size:
+            y += product(widen(x[..., outliers]), widen(self.rows[...]))
         y = y.astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -26,15 +26,15 @@ class Config:
     group: PositiveInt = 128
     head: bool = False
 
-    def replace(self, linear: Linear, name: str) -> "PTQTPLinear":
-        return PTQTPLinear(self._planes(name), self.group, linear)
+    def replace(self, linear: Linear, path: str) -> "PTQTPLinear":
+        return PTQTPLinear(self._planes(path), self.group, linear)
 
-    def quantized(self, weight: jax.Array, name: str) -> dict[str, jax.Array]:
+    def quantized(self, weight: jax.Array, path: str) -> dict[str, jax.Array]:
         """The arrays of a PTQTPLinear, from weights [..., d_in, d_out]."""
 
         @jax.jit
         def one(weight):
-            trits, scales = fit(weight, self._planes(name), self.group)
+            trits, scales = fit(weight, self._planes(path), self.group)
             return {"planes": pack(trits), "scales": scales.astype(jnp.bfloat16)}
 
         each = weight.reshape(-1, *weight.shape[-2:])
@@ -42,8 +42,8 @@ class Config:
             stacked = jax.tree.map(lambda *a: jnp.stack(a), *map(one, each))
         return jax.tree.map(lambda a: a.reshape(*weight.shape[:-2], *a.shape[1:]), stacked)
 
-    def _planes(self, name: str) -> int:
-        return dict(self.planes_of).get(name, self.planes)
+    def _planes(self, path: str) -> int:
+        return dict(self.planes_of).get(path.rpartition(".")[2], self.planes)
 
 
 class PTQTPLinear(nnx.Module):

@@ -23,10 +23,10 @@ class Config(bit_linear.Config):
 
     trained_as: ClassVar[str] = "bit"
 
-    def replace(self, linear: Linear, name: str) -> "TernaryLinear":
+    def replace(self, linear: Linear, path: str) -> "TernaryLinear":
         return TernaryLinear(self, linear)
 
-    def quantized(self, weight: jax.Array, name: str) -> dict[str, jax.Array]:
+    def quantized(self, weight: jax.Array, path: str) -> dict[str, jax.Array]:
         """The arrays of a TernaryLinear, from weights [..., d_in, d_out]."""
         one = lambda weight: dict(zip(("codes", "scale"), ternary(weight), strict=True))
         for _ in weight.shape[:-2]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqlab.errors import CheckpointError, ModelError
+from seqlab.errors import ModelError
 
 PER_BYTE = 4
 BLOCKS = (512, 256, 128)  # what suits the tiles of a TPU
@@ -62,25 +62,22 @@ def squeeze(trits: np.ndarray) -> np.ndarray:
     return (-(-256 * values // 243)).astype(np.uint8)
 
 
-def unsqueeze(squeezed: np.ndarray, K: int, where: str = "A matrix") -> np.ndarray:
-    """What `squeeze` made, as int8 [..., K, N]; raises CheckpointError, which begins with `where`,
-    for bytes or a shape that it does not make."""
+def unsqueeze(squeezed: np.ndarray, K: int) -> np.ndarray | None:
+    """What `squeeze` made, as int8 [..., K, N]; None for bytes or a shape that it does not make."""
     *lead, R, N = squeezed.shape
     if R != -(-K // FIVE) or not np.isin(squeezed, squeeze(_every()[..., None])).all():
-        raise CheckpointError(f"{where} holds bytes that are no five trits: restore the file.")
+        return None
     digits, left = [], squeezed
     for _ in range(FIVE):
-        product = left.astype(np.uint16) * 3
-        digits.append(product >> 8)
-        left = product & 255
+        tripled = left.astype(np.uint16) * 3
+        digits.append(tripled >> 8)
+        left = tripled & 255
     return (np.stack(digits, -2).astype(np.int8) - 1).reshape(*lead, -1, N)[..., :K, :]
 
 
-def check(packed: np.ndarray, where: str) -> None:
-    """Raises CheckpointError, which begins with `where`, if two bits somewhere are no trit."""
-    packed = np.asarray(packed)
-    if (packed & packed >> 1 & 0b01010101).any():
-        raise CheckpointError(f"{where} holds bits that are no trit: restore the file.")
+def is_packed(packed: jax.Array) -> bool:
+    """Whether `pack` can have made this: no pair of bits is 3."""
+    return not bool(jnp.any(packed & packed >> 1 & 0b01010101))
 
 
 def _every() -> np.ndarray:
