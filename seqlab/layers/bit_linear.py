@@ -2,8 +2,7 @@
 with a norm of its own as in the MatMul-free LM (Zhu et al., 2024)."""
 
 import functools
-from typing import ClassVar
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp

@@ -69,7 +69,7 @@ def packed(
         model = pack.ptqtp(model, settings.override(ptqtp_linear.Config(), fields, how))
     else:
         config = settings.override(int8_linear.Config(), fields, how)
-        model = pack.int8(model, _batches(model, source, calibrate), config)
+        model = pack.int8(model, config, _batches(model, source, calibrate))
     store.save(model, target, tokenizer=store.tokenizer_of(source), squeeze=squeeze)
     ours, in_bfloat16 = pack.projection_bytes(model)
     return (

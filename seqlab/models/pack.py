@@ -9,10 +9,13 @@ import numpy as np
 
 from seqlab.errors import ModelError
 from seqlab.layers import int8_linear, ptqtp_linear, ternary_linear
-from seqlab.layers.linear_kinds import KINDS, kind
+from seqlab.layers.linear_kinds import Dense, kind
 from seqlab.models import lm
 from seqlab.models.calibrate import largest_inputs
 from seqlab.models.parameters import bind, parameters
+
+#: What a model that was trained with a kind of linear map can be packed as.
+INSTEAD = {"bit": "ternary", "dense": "ptqtp or int8"}
 
 
 def ternary(model: lm.LM) -> lm.LM:
@@ -24,17 +27,13 @@ def ternary(model: lm.LM) -> lm.LM:
     return _packed(model, ternary_linear.Config(**vars(model.config.linear)))
 
 
-def ptqtp(model: lm.LM, config: ptqtp_linear.Config = ptqtp_linear.Config()) -> lm.LM:
+def ptqtp(model: lm.LM, config: ptqtp_linear.Config) -> lm.LM:
     """A dense model with planes of trits for weights, fitted to the weights alone."""
     _check(model, ptqtp_linear.Config)
     return _packed(model, config)
 
 
-def int8(
-    model: lm.LM,
-    batches: Iterable[jax.Array],
-    config: int8_linear.Config = int8_linear.Config(),
-) -> lm.LM:
+def int8(model: lm.LM, config: int8_linear.Config, batches: Iterable[jax.Array]) -> lm.LM:
     """A dense model with weights and activations in eight bits, save the inputs that are outliers
     while it reads `batches` of tokens [B, T]; how many these are replaces config.outliers."""
     _check(model, int8_linear.Config)
@@ -49,30 +48,24 @@ def int8(
 
 
 def projection_bytes(model: lm.LM) -> tuple[int, int]:
-    """What the projections of a packed model take in memory, and what they would in bfloat16."""
-    dense = dataclasses.replace(model.config, linear=KINDS[model.config.linear.trained_as]())
-    ours, theirs = parameters(model), parameters(dense.skeleton())
-    weights = [theirs[f"{path}.weight"] for path in _replaced(theirs, ours)]
-    return sum(ours[name].nbytes for name in ours.keys() - theirs.keys()), 2 * sum(
-        weight.size for weight in weights
-    )
+    """What the projections of a packed model take in memory, with norms of their own if they have
+    any, and what their weights would take in bfloat16."""
+    ours, theirs = parameters(model), parameters(_with(model, Dense()).skeleton())
+    weights = (theirs[f"{path}.weight"] for path in _replaced(theirs, ours))
+    packed = sum(ours[name].nbytes for name in ours.keys() - theirs.keys())
+    return packed, sum(2 * weight.size for weight in weights)
 
 
 def _check(model: lm.LM, config_class: type) -> None:
     ours, wanted = kind(model.config.linear), config_class.trained_as
     if ours == wanted:
         return
-    if model.config.linear.trained_as is not None:
+    if ours not in INSTEAD:
         raise ModelError(f"The model is packed already, as {ours}: give the one it was made of.")
-    remedy = {"bit": "ternary", "dense": "ptqtp or int8"}[ours]
     raise ModelError(
-        f"A model with linear={ours!r} cannot be packed as {_name(config_class)}: pack it as "
-        f"{remedy}, or train it with linear={wanted!r}."
+        f"A model with linear={ours!r} cannot be packed as {kind(config_class())}: pack it as "
+        f"{INSTEAD[ours]}, or train it with linear={wanted!r}."
     )
-
-
-def _name(config_class: type) -> str:
-    return kind(config_class())
 
 
 def _with(model: lm.LM, linear: Any) -> lm.Config:
@@ -84,7 +77,7 @@ def _replaced(params: Mapping[str, Any], packed: Mapping[str, Any]) -> list[str]
     return sorted(name.removesuffix(".weight") for name in params.keys() - packed.keys())
 
 
-def _packed(model: lm.LM, config: Any, seen: Mapping[str, np.ndarray] = {}) -> lm.LM:  # noqa: B006
+def _packed(model: lm.LM, config: Any, seen: Mapping[str, np.ndarray] = {}) -> lm.LM:
     skeleton, params = _with(model, config).skeleton(), parameters(model)
     for path in _replaced(params, parameters(skeleton)):
         about = (seen[path],) if path in seen else ()

@@ -23,6 +23,7 @@ def block(R: int) -> int:
     return next((b // PER_BYTE for b in BLOCKS if R * PER_BYTE % b == 0), R)
 
 
+@jax.jit
 def pack(trits: jax.Array) -> jax.Array:
     """[..., K, N] of -1, 0 and 1 -> [..., K / 4, N] uint8, the first rounded up.
 
