@@ -1,8 +1,6 @@
 """Packed models: made by the command, read back, the same numbers or as near as they should be."""
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 
 import jax
@@ -16,13 +14,13 @@ from flax import nnx
 import seqlab
 from seqlab import cli
 from seqlab.conformance.tolerance import assert_close
-from seqlab.errors import CheckpointError, ConfigError, ModelError
+from seqlab.errors import CheckpointError, ConfigError
 from seqlab.kernels.ternary_matmul.packing import unpack
 from seqlab.kernels.trit_planes import restored
-from seqlab.layers import int8_linear, linear_kinds, ptqtp_linear
+from seqlab.layers import int8_linear, ptqtp_linear
 from seqlab.layers.linear import Linear
 from seqlab.layers.mixers import gla
-from seqlab.models import artifacts, calibrate, convert, lm, pack, store
+from seqlab.models import artifacts, calibrate, lm, pack, store
 from seqlab.models.parameters import bind, parameters
 from seqlab.train import config as train_config
 from seqlab.train.data import Data
@@ -37,7 +35,7 @@ CONFIG = lm.Config(
     tie_embeddings=False,
 )
 TOKENS = np.random.default_rng(0).integers(0, 257, (2, 40))
-LARGE = 17  # the feature of the stream that is made an outlier
+LARGE, GAIN = 17, 60.0  # the feature of the stream that is made an outlier, and how much larger
 
 logits = jax.jit(lambda model, tokens: model(tokens)[0])
 
@@ -53,10 +51,13 @@ def bit() -> lm.LM:
 
 @pytest.fixture(scope="module")
 def dense() -> lm.LM:
-    """With one feature of what its projections read as large as language models have them."""
+    """Its projections read one feature that is large, and make little of it."""
     params = dict(parameters(built("dense")))
-    for name in ("blocks.0.mixer_norm.weight", "blocks.0.ffn_norm.weight"):
-        params[name] = params[name].at[:, LARGE].set(40.0)
+    for norm, readers in (("mixer", ("mixer.qkv", "mixer.gate")), ("ffn", ("ffn.gate", "ffn.up"))):
+        name = f"blocks.0.{norm}_norm.weight"
+        params[name] = params[name].at[:, LARGE].multiply(GAIN)
+        for name in (f"blocks.0.{reader}.weight" for reader in readers):
+            params[name] = params[name].at[:, LARGE].divide(GAIN)
     return bind(built("dense"), params)
 
 
@@ -160,7 +161,7 @@ def test_int8_keeps_the_inputs_that_were_large_and_is_near(dense, saved, tmp_pat
 def test_calibration_sees_what_every_projection_reads(dense):
     names = ["blocks.0.mixer.qkv", "blocks.0.ffn.down"]
     seen = calibrate.largest_inputs(dense, names, [TOKENS[:1], TOKENS[1:]])
-    assert {n: a.shape for n, a in seen.items()} == dict(zip(names, [(2, 128), (2, 352)]))
+    assert {n: a.shape for n, a in seen.items()} == {names[0]: (2, 128), names[1]: (2, 352)}
     block = jax.tree.map(lambda a: a[0], dense.blocks[0])
     read = block.mixer_norm(dense.embed.weight[...][TOKENS])
     np.testing.assert_allclose(seen[names[0]][0], jnp.abs(read).max((0, 1)), rtol=1e-5)
@@ -210,7 +211,7 @@ def test_what_cannot_be_packed_is_refused(saved, tmp_path, monkeypatch, source, 
 
 def test_a_packed_model_is_not_trained(saved, tmp_path):
     packed = seqlab.load(saved / "ternary").config
-    fields = {"data": Data(train=(Text(files="none"),)), "steps": 1}
+    fields = {"data": Data(train=(Text(files=("none",)),)), "steps": 1}
     sentence = "linear='ternary' cannot be trained: train with linear='bit', and pack the result"
     with pytest.raises(ConfigError, match=sentence):
         train_config.Config(model=packed, **fields)
@@ -223,7 +224,7 @@ def test_a_packed_model_is_not_trained(saved, tmp_path):
 def test_a_run_does_not_go_on_from_a_saved_model(saved):
     from seqlab.train import folder
 
-    data = Data(train=(Text(files="none"),))
+    data = Data(train=(Text(files=("none",)),))
     with pytest.raises(ConfigError, match="ternary is a saved model, which no run can go on from"):
         folder.check(saved / "ternary", train_config.Config(model=CONFIG, data=data, steps=1))
 
