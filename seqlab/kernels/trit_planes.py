@@ -75,8 +75,7 @@ def _trits(w: jax.Array, scales: jax.Array) -> jax.Array:
     every = sorted(itertools.product((0, 1, -1), repeat=len(scales)), key=np.count_nonzero)
     best, chosen = jnp.full(w.shape, jnp.inf, w.dtype), jnp.zeros(w.shape, jnp.int32)
     for number, row in enumerate(every):
-        value = sum(t * a for t, a in zip(row, scales, strict=True) if t)
-        away = jnp.abs(w - (value[:, None] if number else 0))
+        away = jnp.abs(w - jnp.tensordot(np.array(row, w.dtype), scales, 1)[:, None])
         chosen = jnp.where(away < best, number, chosen)
         best = jnp.minimum(away, best)
     return jnp.moveaxis(jnp.asarray(every, jnp.int8)[chosen], -1, 0)

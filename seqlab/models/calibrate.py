@@ -15,7 +15,7 @@ from seqlab.models.parameters import bind, parameters
 
 
 def largest_inputs(
-    model: lm.LM, names: Iterable[str], batches: Iterable[jax.Array]
+    model: lm.LM, names: Iterable[str], batches: Iterable[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The largest |x| of every input of the named linear maps, [d_in], or [repeats, d_in] where
     they are stacked, while the model reads batches of tokens [B, T]."""

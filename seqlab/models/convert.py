@@ -65,7 +65,7 @@ def packed(
     model = store.load(source, max_length=max_length)
     if how == "ternary":
         model = pack.ternary(model)
-    elif how == "ptqtp":
+    elif calibrate is None:
         model = pack.ptqtp(model, settings.override(ptqtp_linear.Config(), fields, how))
     else:
         config = settings.override(int8_linear.Config(), fields, how)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from seqlab.errors import ModelError
@@ -33,7 +32,7 @@ def ptqtp(model: lm.LM, config: ptqtp_linear.Config) -> lm.LM:
     return _packed(model, config)
 
 
-def int8(model: lm.LM, config: int8_linear.Config, batches: Iterable[jax.Array]) -> lm.LM:
+def int8(model: lm.LM, config: int8_linear.Config, batches: Iterable[np.ndarray]) -> lm.LM:
     """A dense model with weights and activations in eight bits, save the inputs that are outliers
     while it reads `batches` of tokens [B, T]; how many these are replaces config.outliers."""
     _check(model, int8_linear.Config)
