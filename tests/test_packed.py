@@ -217,7 +217,7 @@ def test_a_packed_model_is_not_trained(saved, tmp_path):
         train_config.Config(model=packed, **fields)
     with pytest.raises(ConfigError, match=sentence):
         seqlab.build(packed)
-    with pytest.raises(ConfigError, match="ternary is a folder.* packed model is for inference"):
+    with pytest.raises(ConfigError, match="ternary but a folder: .* packed model is for inference"):
         train_config.load(saved / "ternary")
 
 
