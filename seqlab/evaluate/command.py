@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
-from seqlab.errors import ConfigError, ModelError
+from seqlab.errors import ConfigError
 from seqlab.evaluate import asked, report
 from seqlab.evaluate.accuracy import require_ids, score
+from seqlab.evaluate.harness import Answers
+from seqlab.evaluate.harness import run as harnessed
 from seqlab.evaluate.perplexity import Perplexity, perplexity
 from seqlab.models import store
-from seqlab.models.tokenizer import Tokenizer
 from seqlab.tasks import read_twice as twice
 from seqlab.tasks import tasks
 from seqlab.train.corpus import open_corpus
@@ -30,10 +31,12 @@ def evaluate(
     batch: int = 32,
     window: int | None = None,
     read_twice: bool = False,
+    harness: Sequence[str] = (),
+    include: pathlib.Path | None = None,
     max_length: int | None = None,
     say: Callable[[str], object] = lambda doing: None,
 ) -> dict[str, Any]:
-    """What the model at `path` scores, ready for JSON: `tasks`, a row a setting, and `texts`.
+    """What the model at `path` scores, ready for JSON: rows of `tasks`, `texts` and `harness`.
 
     words       tasks as `asked.parse` reads them
     text        files or patterns of UTF-8, a document each; tokens: token shards
@@ -41,31 +44,34 @@ def evaluate(
     batch       examples, or documents, side by side
     window      cut texts into pieces of so many tokens, as training does
     read_twice  give every example its context and question twice
+    harness     tasks of lm-eval-harness, which `include`, a folder of task files, adds to
 
     Raises a SeqlabError where the model lacks what is asked of it.
     """
     settings = asked.parse(words, examples, seed)
     sources: list[Source] = [*(Text((t,)) for t in text), *(Tokens(t) for t in tokens)]
-    if not settings and not sources:
+    if not (settings or sources or harness):
         raise ConfigError(
-            "There is nothing to evaluate: give --text or --tokens, or name a task: "
+            "There is nothing to evaluate: give --text, --tokens or --harness, or name a task: "
             f"{', '.join(tasks())}."
         )
     model = store.load(path, max_length=max_length)
     for setting in settings:
         require_ids(model, setting.config.vocab, setting.task)
-    found: dict[str, Any] = {"model": str(path), "tasks": [], "texts": []}
+    found: dict[str, Any] = {"model": str(path), "tasks": [], "texts": [], "harness": []}
     for setting in settings:
         say(f"{setting.task} {setting.label}")
         made = setting.config.examples(setting.examples, setting.seed)
         found["tasks"].append(_scored(model, setting, twice(made) if read_twice else made, batch))
-    tokenizer = _tokenizer(path, model) if sources else None
     for source in sources:
-        assert tokenizer is not None
         show = lambda share: say(f"{source.name}: {share:.0%}")
-        corpus = open_corpus(source, tokenizer)
+        corpus = open_corpus(source, store.load_tokenizer(path, model))
         measured = perplexity(model, corpus, batch=batch, window=window, on_progress=show)
         found["texts"].append(_measured(source.name, window, measured))
+    if harness:
+        say("lm-eval-harness")
+        answers = Answers(model, store.load_tokenizer(path, model), batch)
+        found["harness"] = harnessed(answers, harness, include, examples)
     return found
 
 
@@ -110,16 +116,6 @@ def _measured(name: str, window: int | None, measured: Perplexity) -> dict[str, 
         "bits_per_byte": measured.bits_per_byte,
         "accuracy": measured.accuracy,
     }
-
-
-def _tokenizer(path: pathlib.Path, model: Any) -> Tokenizer:
-    tokenizer = store.load_tokenizer(path)
-    if tokenizer.vocab > model.config.vocab:
-        raise ModelError(
-            f"The tokenizer of {path} has {tokenizer.vocab} ids but its model's vocabulary is "
-            f"{model.config.vocab}: use the tokenizer that the model was trained with."
-        )
-    return tokenizer
 
 
 def _write(path: pathlib.Path, content: str) -> None:

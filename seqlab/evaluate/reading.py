@@ -17,11 +17,24 @@ LONGEST, SHORTEST = 512, 16  # tokens of a row that are read at once
 
 
 class Chunk(NamedTuple):
-    """The next tokens of some rows, all [B, T]; `targets` is what is to be said at each."""
+    """The next tokens of some rows, all [B, T]; `targets` is what is to be said at each, and
+    negative where nothing is."""
 
     tokens: np.ndarray
     targets: np.ndarray
     reset: np.ndarray  # where a document begins, and at all padding
+
+
+def chunks(tokens: np.ndarray, targets: np.ndarray, size: int) -> Iterator[Chunk]:
+    """Rows [B, L] of which each is a document, or the beginning of one, in chunks of `size`."""
+    rows, length = tokens.shape
+    width = -(-length // size) * size
+    more = ((0, 0), (0, width - length))
+    tokens, targets = np.pad(tokens, more), np.pad(targets, more, constant_values=-1)
+    reset = np.broadcast_to(np.arange(width) >= length, tokens.shape)
+    for at in range(0, width, size):
+        part = slice(at, at + size)
+        yield Chunk(tokens[:, part], targets[:, part], reset[:, part])
 
 
 class Said(NamedTuple):

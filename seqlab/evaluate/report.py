@@ -10,11 +10,13 @@ from rich.table import Table
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print what `command.evaluate` found."""
+    """Print what `command.evaluate` found: a table a task, one of the texts, one of the harness."""
     for task, rows in itertools.groupby(found["tasks"], lambda row: row["task"]):
         console.print(_task(task, list(rows)))
     if found["texts"]:
         console.print(_texts(found["texts"]))
+    if found["harness"]:
+        console.print(_harness(found["harness"]))
 
 
 def _task(task: str, rows: list[dict[str, Any]]) -> Table:
@@ -47,15 +49,19 @@ def _varied(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _texts(rows: list[dict[str, Any]]) -> Table:
-    columns = "documents", "tokens", "bytes", "nats/token", "perplexity", "bits/byte", "right"
-    table = _table("texts", "text", *columns)
+    table = _table("texts", "text", "tokens", "nats/token", "perplexity", "bits/byte", "right")
     for row in rows:
-        table.add_row(
-            row["text"],
-            *(f"{row[name]:,}" for name in ("documents", "tokens", "bytes")),
-            *(f"{row[name]:.4f}" for name in ("loss", "perplexity", "bits_per_byte")),
-            f"{row['accuracy']:.3f}",
-        )
+        numbers = (f"{row[name]:.4f}" for name in ("loss", "perplexity", "bits_per_byte"))
+        table.add_row(row["text"], f"{row['tokens']:,}", *numbers, f"{row['accuracy']:.3f}")
+    return table
+
+
+def _harness(rows: list[dict[str, Any]]) -> Table:
+    table = _table("lm-eval-harness", "task", "metric", "value", "error")
+    for row in rows:
+        error = row["error"]
+        shown = "" if error is None else f"{error:.4f}"
+        table.add_row(row["task"], row["metric"], f"{row['value']:.4f}", shown)
     return table
 
 
@@ -63,7 +69,7 @@ def _table(title: str, first: str, *numbers: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column(first, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     return table
 
 
