@@ -215,6 +215,66 @@ def convert(
     print(convert(source, target, max_length=max_length))
 
 
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run folder, a saved or a published model.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK[:PROTOCOL]] [FIELD=VALUE,...]...",
+            help="Tasks, each with its fields behind it; values joined by commas are all tried.",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str], typer.Option(help="A text file or pattern, for perplexity; repeatable.")
+    ] = [],  # noqa: B006
+    tokens: Annotated[
+        list[str], typer.Option(help="Token shards, for perplexity; repeatable.")
+    ] = [],  # noqa: B006
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Of every setting [256, or as its protocol says].")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the examples.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Examples or documents side by side.")] = 32,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Cut texts every so many tokens, as training does.")
+    ] = None,
+    read_twice: Annotated[
+        bool, typer.Option("--read-twice", help="Context and question of an example, twice.")
+    ] = False,
+    harness: Annotated[
+        list[str], typer.Option(help="A task of lm-eval-harness (the extra eval); repeatable.")
+    ] = [],  # noqa: B006
+    include: Annotated[
+        Path | None, typer.Option(help="A folder of task files of your own for --harness.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON object to this file.")] = None,
+    max_length: MaxLength = None,
+    mixer: MixerFiles = [],  # noqa: B006
+) -> None:
+    """Score a model: accuracy on tasks that tell memories apart, perplexity of texts."""
+    from seqlab.evaluate import command
+
+    _register(mixer)
+    command.run(
+        model,
+        words or [],
+        text=text,
+        tokens=tokens,
+        examples=examples,
+        seed=seed,
+        batch=batch,
+        window=window,
+        read_twice=read_twice,
+        harness=harness,
+        include=include,
+        as_json=json,
+        out=out,
+        max_length=max_length,
+    )
+
+
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="A Python file that defines `config`.")],
