@@ -2,20 +2,20 @@
 
 import math
 import re
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from seqlab.errors import ConfigError
 
-_FORM = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kMG]?)\s*(s|steps?|seconds?|tokens?)?")
+_FORM = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?) *([kMG]?) *(|s|(?:step|token|second)s?)")
 _TIMES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 class Budget(NamedTuple):
     amount: float
-    unit: Literal["steps", "tokens", "seconds"]
+    unit: str  # steps, tokens, seconds
 
     def __str__(self) -> str:
-        return f"{self.amount:,g} {self.unit}"
+        return f"{self.amount:,.12g} {self.unit}"
 
     def steps(self, tokens: float, seconds: float) -> int:
         """The steps it buys, at least one, where a step takes so many tokens and seconds."""
@@ -32,5 +32,5 @@ def parse(text: str) -> Budget:
             f"The budget {text!r} is not one: write steps, tokens or seconds above 0, such as "
             "'600 steps', '2M tokens' or '90s'."
         )
-    unit = {"s": "seconds", "t": "tokens"}.get((found[3] or "steps").replace("steps", "")[:1])
-    return Budget(amount, unit or "steps")
+    unit = found[3].rstrip("s") or ("second" if found[3] else "step")
+    return Budget(amount, f"{unit}s")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from seqlab.compare import published
 from seqlab.conformance.suite import load_mixer
 from seqlab.errors import ConfigError
-from seqlab.layers import registry
+from seqlab.layers import ffn, registry
 from seqlab.models import lm
 from seqlab.tasks import Protocol
 
@@ -57,7 +57,7 @@ def model(mixer: Any, protocol: Protocol, width: int) -> lm.Config:
         pattern=(mixer,),
         repeats=protocol.layers - len(first),
         remat="none",
-        **({} if protocol.ffn else {"ffn": None}),
+        ffn=ffn.Config() if protocol.ffn else None,
     )
 
 

@@ -34,7 +34,8 @@ def write(
 ) -> None:
     """Write each label at the offset from its point that covers least, with a line to the point
     where it is not close. `lines` are to stay visible. Limits and scales of the axes are final."""
-    figure = axes.figure
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "axes are of a figure"
     figure.draw_without_rendering()  # so that the layout is known
     pixel, to_pixels = figure.dpi / 72, axes.transData.transform
     seen = np.concatenate([_along(to_pixels(np.array(line, float))) for line in lines])
@@ -73,7 +74,8 @@ def _cost(box: Bbox, taken: list[Bbox], seen: np.ndarray, frame: Bbox) -> float:
     """What other names take of the box counts most, then what it covers, and leaving the frame."""
     shared = [Bbox.intersection(box, other) for other in taken]
     covered = sum(s.width * s.height for s in shared if s is not None) / (box.width * box.height)
-    hidden = ((seen >= box.min - 2) & (seen <= box.max + 2)).all(1).sum()
+    near = box.padded(2)
+    hidden = ((seen >= near.min) & (seen <= near.max)).all(1).sum()
     beyond = max(0.0, frame.x0 - box.x0, box.x1 - frame.x1, frame.y0 - box.y0)
     return 40 * covered + min(hidden, 8) + beyond / box.height
 
