@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from seqlab import heap
 from seqlab.errors import SeqlabError
 from seqlab.launch import go_on_in_a_child, several_are_meant
 
@@ -81,6 +82,7 @@ def train(
         or (distributed == "auto" and several_are_meant())
     ):
         go_on_in_a_child()
+    heap.keep()
     from seqlab.parallel import processes as many
 
     with many.ending_at_once():
