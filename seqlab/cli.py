@@ -299,6 +299,40 @@ def plan(
 
 
 @app.command()
+def compare(
+    task: Annotated[str, typer.Argument(help="Such as mqar.")],
+    mixers: Annotated[str, typer.Option(help="'a,b(heads=2),c(d_state=8)', or all.")],
+    protocol: Annotated[str, typer.Option(help="Of the task: ci, or a published one.")] = "ci",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="'600 steps', '2M tokens' or '90s'; the protocol's by default."),
+    ] = None,
+    lr: Annotated[str | None, typer.Option(help="1e-3,1e-2: the best one counts.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs at each rate; means count.")] = 1,
+    width: Annotated[str | None, typer.Option(help="64,128: each mixer at each.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder; runs/ and the task's name by default.")
+    ] = None,
+    mixer: MixerFiles = [],  # noqa: B006
+) -> None:
+    """Train mixers on a task under one protocol; leaves a page of accuracy by state and length."""
+    from seqlab.compare.command import compare
+
+    _register(mixer)
+    folder = out or Path("runs") / f"compare_{task}"
+    compare(
+        task,
+        mixers,
+        out=folder,
+        protocol_name=protocol,
+        budget=budget,
+        lr=lr,
+        seeds=seeds,
+        width=width,
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Show devices, versions, and which implementation each kernel takes here."""
     import rich
