@@ -119,8 +119,8 @@ def load(path: str | pathlib.Path, overrides: list[str] | None = None) -> Config
     path = pathlib.Path(path)
     if path.is_dir():
         raise ConfigError(
-            f"There is no config file {path} but a folder: give the .py file (a run goes on with its "
-            "own and --out; a saved or packed model is for inference)."
+            f"There is no config file {path} but a folder: give the .py file (a run goes on with "
+            "its own and --out; a saved or packed model is for inference)."
         )
     if not path.is_file():
         raise ConfigError(f"There is no config file {path}: give the path of a .py file.")
