@@ -24,7 +24,7 @@ from seqlab.train.config import Checkpoint, Optimizer
 from seqlab.train.corpus import Batch
 from seqlab.train.loop import train
 from seqlab.train.objective import NextToken, Prefix
-from seqlab.train.step import make_evaluation, make_step
+from seqlab.train.step import cross_entropy, make_evaluation, make_step
 from tests.runs import losses, tiny, write_texts
 
 PREFIX, D, HEADS, VOCAB = 5, 8, 2, 258
@@ -221,7 +221,10 @@ def stepped(model, objective, accumulate=1, steps=1, **mesh):
     optimizer = Optimizer(clip=0.1, warmup=0, schedule="constant").build(1, decays(model))
     params = {name: jnp.array(np.asarray(a)) for name, a in parameters(model).items()}
     with use_mesh(**mesh) if mesh else contextlib.nullcontext():
-        step, state = make_step(model, optimizer, accumulate, objective, 7), optimizer.init(params)
+        step, state = (
+            make_step(model, optimizer, accumulate, cross_entropy, objective.ask, 7),
+            optimizer.init(params),
+        )
         metrics = []
         for _ in range(steps):
             params, state, now = step(params, state, batch())

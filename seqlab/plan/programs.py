@@ -27,7 +27,7 @@ from seqlab.plan.schedule import Schedule, read
 from seqlab.train import state as states
 from seqlab.train.config import Config
 from seqlab.train.corpus import Batch
-from seqlab.train.step import make_step
+from seqlab.train.step import cross_entropy, make_step
 
 #: Only both together let a TPU's scheduler run collectives beside computation on every generation.
 OPTIONS = {
@@ -93,7 +93,7 @@ def train(config: Config, mesh: Mesh) -> Program:
         state = states.abstract(model, optimizer, mesh)
         B, T = config.data.batch, config.data.length
         row = _array((B, T + 1), jnp.int32, mesh, DATA)
-        step = make_step(model, optimizer, config.accumulate, config.objective)
+        step = make_step(model, optimizer, config.accumulate, cross_entropy, config.objective.ask)
         make = lambda: step.lower(*state, Batch(row, row))
         return _compile("train step", B * T, make, state.params, state.optimizer)
 

@@ -30,7 +30,7 @@ from seqlab.train.peers import over_all_devices, refuse_differences
 from seqlab.train.progress import Progress
 from seqlab.train.signals import StopRequest
 from seqlab.train.sinks import Sinks, open_sinks
-from seqlab.train.step import make_evaluation, make_step
+from seqlab.train.step import cross_entropy, make_evaluation, make_step
 from seqlab.train.watchdog import LIMITS, Limits, Watchdog
 
 
@@ -142,7 +142,8 @@ class _Run:
         self.progress = self._closing(Progress(config.steps, first, console))
         self.say = self.progress.note
         self.train_step = make_step(
-            self.model, self.optimizer, config.accumulate, config.objective, config.seed
+            *(self.model, self.optimizer, config.accumulate),
+            *(cross_entropy, config.objective.ask, config.seed),
         )
         self.evaluate_batch = make_evaluation(self.model, config.objective)
         self._steps(stop)

@@ -37,26 +37,27 @@ def make_step(
     skeleton: LM,
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
-    objective: Objective = NEXT_TOKEN,
+    loss: Callable[[LM, Any], Loss] = loss,
+    ask: Callable[[Any, jax.Array], Any] = lambda batch, key: batch,
     seed: int = 0,
-) -> Callable[[dict, Any, Batch], tuple[dict, Any, dict[str, jax.Array]]]:
+) -> Callable[[dict, Any, Any], tuple[dict, Any, dict[str, jax.Array]]]:
     """step(params, optimizer state, batch) -> the two updated, metrics; the first two are donated.
 
     The batch is cut in `accumulate` parts whose gradients add up to that of the whole: the loss
-    is the mean over all predicted tokens of the batch, however they fall among the parts. What is
-    random in the objective follows from the seed and the number of updates so far.
+    is the mean over all predicted tokens of the batch, however they fall among the parts. Another
+    `loss` takes batches of its own kind: those that come, or what `ask(batch, key)` makes of each,
+    whole, before it is cut. The key follows from the seed and the number of updates so far.
     """
 
     def gradient(params, part):
         def nats(params):
-            total = cross_entropy(bind(skeleton, params), part)
+            total = loss(bind(skeleton, params), part)
             return total.nats, total
 
         return jax.grad(nats, has_aux=True)(params)
 
     def step(params, state, batch):
-        key = jax.random.fold_in(jax.random.key(seed), _updates(state))
-        batch = objective.ask(batch, key)
+        batch = ask(batch, jax.random.fold_in(jax.random.key(seed), _updates(state)))
         if accumulate == 1:
             grads, total = gradient(params, batch)
         else:
