@@ -19,6 +19,7 @@ from seqlab.infer.session import Session
 from seqlab.layers.mixers import prefix_linear_attention
 from seqlab.models import lm, store
 from seqlab.models.parameters import decays, parameters
+from seqlab.models.tokenizer import ByteTokenizer
 from seqlab.parallel import use_mesh
 from seqlab.train.config import Checkpoint, Optimizer
 from seqlab.train.corpus import Batch
@@ -101,12 +102,12 @@ def test_a_prefix_is_seen_whole_by_its_document_and_by_no_other():
 
 
 def test_a_cut_inside_a_prefix_is_refused_where_it_can_be_known():
-    x, reset = inputs()
+    x, _ = map(jnp.asarray, inputs())
     mixer = build()
     _, state = mixer(x[:, :3])
     with pytest.raises(ModelError, match=r"stands at token 3 of a prefix of 5 .* in one call"):
         mixer(x[:, 3:9], state)
-    mixer(x[:, 3:9], state, reset=np.arange(6) < np.ones((3, 1)))
+    mixer(x[:, 3:9], state, reset=jnp.arange(6) < jnp.ones((3, 1)))
 
 
 def test_a_cut_inside_a_prefix_is_nan_where_it_cannot_be_known_until_the_document_ends():
@@ -159,7 +160,7 @@ def test_nothing_follows_a_prompt_that_is_shorter_than_the_prefix(model):
 
 @pytest.mark.parametrize("prefix, times", [(0, 2), (6, 2), (7, 3), (20, 6), (1000, 251)])
 def test_a_text_is_repeated_until_it_is_longer_than_the_prefix(prefix, times):
-    assert text.repeated("abc", list, prefix) == "\n".join(["abc"] * times)
+    assert text.repeated("abc", ByteTokenizer().encode, prefix) == "\n".join(["abc"] * times)
 
 
 def test_a_prompt_is_read_twice_or_as_often_as_fills_the_prefix(model, tmp_path, capsys):

@@ -47,9 +47,10 @@ def repeated(text: str, encode: Callable[[str], Sequence[int]], prefix: int) -> 
 
     A model with a prefix predicts the next token only from beyond it.
     """
-    times = 2
-    while 0 < (length := len(encode(again := "\n".join([text] * times)))) <= prefix:
-        times = max(times + 1, times * prefix // length)
+    copy = len(encode(f"{text}\n"))
+    times = max(2, 1 + (prefix + 1) // max(copy, 1))
+    while 0 < len(encode(again := "\n".join([text] * times))) <= prefix:
+        times += 1  # borders took fewer tokens than expected
     return again
 
 
