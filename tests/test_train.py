@@ -19,8 +19,10 @@ from seqlab.errors import CheckpointError, ConfigError, DataError, NumericalErro
 from seqlab.layers.mixers import mamba2
 from seqlab.models import artifacts, lm, store
 from seqlab.models.parameters import parameters
+from seqlab.parallel import use_mesh
 from seqlab.train import sinks, state, step
 from seqlab.train.config import Checkpoint, Mesh, Optimizer, Track
+from seqlab.train.corpus import Batch
 from seqlab.train.lock import FILE as LOCK
 from seqlab.train.loop import train
 from tests.runs import losses, rows, stored, tiny, write_texts, write_tokenizer
@@ -329,6 +331,19 @@ def test_a_mesh_trains_as_one_device_does_and_resumes_on_another(texts, whole, t
     for name, array in spread.items():
         assert np.asarray(array).tobytes() == arrays[f"params/{name}"]
     assert saved[1]["step"] == 6
+
+
+def test_a_window_too_short_for_a_document_is_refused_where_the_batch_is_placed(texts, tmp_path):
+    window = Mesh(seq=4, strategy="window", hops=1)
+    with pytest.raises(DataError, match="A document begins 3 devices before its end but mesh.hops"):
+        train(tiny(texts, mesh=window), tmp_path / "run", say=lambda text: None)
+    ids = np.repeat([[1, 1, 1, 2, 2, 2, 2, 3, 3]], 2, axis=0)  # eight, and what the last predicts
+    batch = Batch(ids, ids)
+    with use_mesh(seq=4, strategy="window", hops=2) as mesh:
+        state.place(batch, mesh)
+    refused = pytest.raises(DataError, match="begins 2 devices .* mesh.hops = 1: .*mesh.hops=2")
+    with use_mesh(seq=4, strategy="window", hops=1) as mesh, refused:
+        state.place(batch, mesh)
 
 
 def test_a_run_keeps_its_tokenizer(texts, tmp_path):

@@ -96,7 +96,11 @@ def doubling(stretch, state, line: Lines, travel: Travel):
 
 def window(stretch, state, line: Lines, travel: Travel):
     """As many steps as `hops`, in which all devices send: exact if no document touches more than
-    hops + 1 shards."""
+    hops + 1 shards, and silently wrong for one that does.
+
+    Where documents begin is data, so no compiled program can tell. Training compares every batch
+    with `packing.hops_needed`; with `use_mesh` alone that is yours to do.
+    """
     start = _first_else(line, state, jax.tree.map(jnp.zeros_like, state))
     step = lambda _, entering: _first_else(line, state, line.send(stretch(entering)))
     return lax.fori_loop(0, min(travel.hops or 0, line.size - 1), step, start)

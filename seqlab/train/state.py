@@ -11,10 +11,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from seqlab.errors import DataError
 from seqlab.models import lm
 from seqlab.models.lm import LM
 from seqlab.models.parameters import axes, parameters
-from seqlab.parallel.mesh import DATA, weight_sharding
+from seqlab.parallel.mesh import DATA, SEQ, current_travel, weight_sharding
+from seqlab.parallel.packing import hops_needed
 from seqlab.train.corpus import Batch
 
 
@@ -60,7 +62,12 @@ def from_arrays(arrays: Mapping[str, jax.Array], like: State) -> State:
 
 
 def place(batch: Batch, mesh) -> Batch:
-    """This process's rows (see `rows_here`) as the global batch, split over the axis `data`."""
+    """This process's rows (see `rows_here`) as the global batch, split over the axis `data`.
+
+    Raises DataError where a document begins further back than the strategy "window" looks: a
+    compiled step cannot see that, and would forget the document's beginning.
+    """
+    _require_hops(batch.segment_ids[:, :-1], mesh.shape[SEQ])
     sharding, split = NamedSharding(mesh, P(DATA, None)), mesh.shape[DATA]
     size = len(batch.tokens) * split // len(rows_here(split, mesh))
     rows = rows_here(size, mesh)
@@ -74,6 +81,18 @@ def place(batch: Batch, mesh) -> Batch:
         return jax.make_array_from_callback((size, here.shape[1]), sharding, piece)
 
     return jax.tree.map(put, Batch(*batch))
+
+
+def _require_hops(segment_ids: np.ndarray, devices: int) -> None:
+    travel = current_travel()
+    if devices == 1 or travel.strategy != "window":
+        return
+    needed = hops_needed(segment_ids, devices)
+    if needed > (travel.hops or 0):
+        raise DataError(
+            f"A document begins {needed} devices before its end but mesh.hops = {travel.hops}: go "
+            f"on with mesh.hops={needed}, or with another mesh.strategy."
+        )
 
 
 def rows_here(batch: int, mesh) -> list[int]:
