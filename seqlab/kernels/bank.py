@@ -38,8 +38,8 @@ class Bank(NamedTuple):
         """What all the tokens do to each of so many memories, as one transition of them all."""
         # zeros leave a memory be: what a chunk of them does is what no token does
         more = lambda a: jnp.pad(a, [(0, 0), (0, size)] + [(0, 0)] * (a.ndim - 2))
-        owner, *tokens = chunk_scan.cut(jax.tree.map(more, (owner, *tokens)), size)
-        stretches = jax.vmap(self.chunk.transition)(*tokens)
+        owner, *chunks = chunk_scan.cut(jax.tree.map(more, (owner, *tokens)), size)
+        stretches = jax.vmap(self.chunk.transition)(*chunks)
         nothing = jax.tree.map(lambda a: jnp.repeat(a[-1][:, :, None], memories, 2), stretches)
 
         def add(all, xs):
@@ -57,4 +57,4 @@ def read(memories: jax.Array, owner: jax.Array) -> jax.Array:
 
 def written(memories: jax.Array, owner: jax.Array, new: jax.Array) -> jax.Array:
     """[B, H, M, ...] with `new` [B, H, ...] as the owner's."""
-    return memories.at[jnp.arange(len(owner)), :, owner[:, 0]].set(new)
+    return memories.at[jnp.arange(len(owner)), :, owner[:, 0]].set(new.astype(memories.dtype))

@@ -66,7 +66,9 @@ def collect_inside() -> Iterator[dict[str, Total]]:
 def include(found: dict[str, Total]) -> None:
     """Pass on what `collect_inside` found; leading axes (of a scan) are summed."""
     collector = _collector.get()
-    for name, total in found.items() if collector else ():
+    if collector is None:
+        return
+    for name, total in found.items():
         here = collector.found.get(name, Total(*(jnp.zeros(()),) * 3))
         collector.found[name] = jax.tree.map(lambda a, b: a + jnp.sum(b), here, total)
 

@@ -1,12 +1,12 @@
 """Mixture-of-Memories (Du et al., 2025): several memories, of which each token uses a few."""
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
@@ -19,7 +19,7 @@ from seqlab.layers.linear import Linear, heads, merge, product
 from seqlab.layers.memories import KINDS, Base, matrices
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.norm import RMSNorm
-from seqlab.settings import STRICT, PositiveFinite
+from seqlab.settings import STRICT, NonNegativeFinite, PositiveFinite
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -47,7 +47,7 @@ class Config:
     conv_scope: Literal["memory", "sequence"] = "memory"
     gate: bool = True  # multiplies the output, after its norm, by silu of a projection
     norm_eps: PositiveFinite = 1e-6
-    aux_scale: NonNegativeFloat = 0.01
+    aux_scale: NonNegativeFinite = 0.01
     chunk_size: PositiveInt = 64
     implementation: str | None = None
 
@@ -76,7 +76,7 @@ class MoM(Mixer):
         each = 1 if c.single_kv_proj else self.count
         self.router = Linear(d_model, c.memories, ("embed", None), rngs=rngs)
         stack = functools.partial(matrices, each, d_model, axes=split, rngs=rngs)
-        self.q = Linear(d_model, self.d_k, split, rngs=rngs) if c.share_q else stack(self.d_k)
+        self.q: Any = Linear(d_model, self.d_k, split, rngs=rngs) if c.share_q else stack(self.d_k)
         self.k, self.v = stack(self.d_k), stack(self.d_v)
         shape = c.heads, c.key_dim, c.value_dim
         self.base = KINDS[c.base](each, d_model, shape, rngs)
