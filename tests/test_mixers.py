@@ -71,6 +71,7 @@ VARIANTS = {
         },
         {"base": "ssd", "memories": 3, "top_k": 3, "single_kv_proj": True, "conv_width": 0},
     ],
+    "mlgru": [{"output": "paper", "layer": 0}],
     "s5": [{"blocks": 2, "activation": "half_glu2", "clip_eigenvalues": True}],
 }
 CASES = [(name, {}) for name in own_mixers()]
@@ -140,7 +141,9 @@ def test_mixer_has_the_property(case, prove):
         ),
         ("min_gru", "expand"),
         ("min_lstm", "expand"),
+        ("mlgru", "layer layers norm_eps"),
         ("gated_conv", "conv_width"),
+        ("base_conv", "conv_width"),
         ("rwkv4", "width layer layers"),
         ("rwkv4_channel_mix", "width layer layers"),
         ("lstm", "heads"),

@@ -197,7 +197,7 @@ def test_load_balance_is_k_when_every_memory_is_used_alike():
 def test_padding_has_no_say_in_the_balance():
     chosen = np.where(np.arange(T) < 12, np.arange(T) % 4, 0)[None, :, None]
     counts = jnp.arange(T)[None] < 12
-    with auxiliary.collect(counts) as found:
+    with auxiliary.collect() as found, auxiliary.counting(counts):
         auxiliary.load_balance(jnp.eye(4)[chosen[..., 0]], jnp.asarray(chosen), 1.0)
     assert float(found["load_balance"].value) == pytest.approx(1)
 

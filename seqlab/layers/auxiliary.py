@@ -40,15 +40,27 @@ _collector: contextvars.ContextVar[_Collector | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def collect(counts: jax.Array | None = None) -> Iterator[dict[str, Total]]:
-    """Everything that layers add in here, by name. Tokens where `counts` [B, T] is false, such as
-    padding, are left out of their averages."""
-    collector = _Collector({}, counts)
+def _collecting(collector: _Collector | None) -> Iterator[dict[str, Total]]:
     token = _collector.set(collector)
     try:
-        yield collector.found
+        yield collector.found if collector else {}
     finally:
         _collector.reset(token)
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[dict[str, Total]]:
+    """Everything that layers add in here, by name."""
+    with _collecting(_Collector({}, None)) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def counting(counts: jax.Array) -> Iterator[None]:
+    """In here tokens where `counts` [B, T] is false, such as padding, are left out of averages."""
+    outside = _collector.get()
+    with _collecting(outside and outside._replace(counts=counts)):
+        yield
 
 
 @contextlib.contextmanager
@@ -56,11 +68,8 @@ def collect_inside() -> Iterator[dict[str, Total]]:
     """Within a function that JAX transforms: what layers add in here, if anybody collects outside;
     it is to be returned, and given to `include` outside."""
     outside = _collector.get()
-    if outside is None:
-        yield {}
-    else:
-        with collect(outside.counts) as found:
-            yield found
+    with _collecting(outside and outside._replace(found={})) as found:
+        yield found
 
 
 def include(found: dict[str, Total]) -> None:

@@ -99,12 +99,22 @@ def load(
     return bind(skeleton, _weights(path / WEIGHTS, parameters(skeleton)))
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike, model: lm.LM | None = None) -> Tokenizer:
     """The tokenizer that a saved model or a run was trained with, or of a published folder.
 
-    Raises ModelError where there is none, or it cannot be read.
+    Raises ModelError where there is none, it cannot be read, or it has ids that `model` lacks.
     """
     path = pathlib.Path(path)
+    tokenizer = _tokenizer(path)
+    if model is not None and tokenizer.vocab > model.config.vocab:
+        raise ModelError(
+            f"The tokenizer of {path} has {tokenizer.vocab} ids but its model's vocabulary is "
+            f"{model.config.vocab}: use the tokenizer that the model was trained with."
+        )
+    return tokenizer
+
+
+def _tokenizer(path: pathlib.Path) -> Tokenizer:
     if pretrained.is_published(path) or (path / SETTINGS).is_file():
         return PublishedTokenizer(path)
     spec, own = _fields(path).get("tokenizer", "bytes"), path / TOKENIZER

@@ -24,20 +24,23 @@ def loss(model: LM, batch: Batch) -> Loss:
     """Cross-entropy of each token given those before it in its own document."""
     here, there = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
     reset = jnp.diff(here, axis=1, prepend=here[:, :1]) != 0
-    logits, _ = model(jnp.asarray(batch.tokens[:, :-1]), reset=reset)
+    with auxiliary.counting(jnp.asarray(here > 0)):
+        logits, _ = model(jnp.asarray(batch.tokens[:, :-1]), reset=reset)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
     counts = (here == there) & (there > 0)
     return Loss(jnp.sum(jnp.where(counts, nats, 0.0)), jnp.sum(counts))
 
 
-def objective(model: LM, batch: Batch) -> tuple[jax.Array, tuple[Loss, dict[str, jax.Array]]]:
+def objective(
+    model: LM, batch: Any, loss: Callable[[LM, Any], Loss] = loss
+) -> tuple[jax.Array, tuple[Loss, dict[str, jax.Array]]]:
     """What a step makes smaller, in nats; the loss alone; and what layers add to it, by name.
 
-    What layers add, each a mean over layers and over the tokens that are not padding, counts once
-    for every predicted token, as the cross-entropy does. So the parts of an accumulated batch, each
-    of which takes means over its own tokens, weigh as many tokens as they predict.
+    What layers add, each a mean over layers, counts once for every predicted token, as the
+    cross-entropy does. So the parts of an accumulated batch, each of which takes means over its own
+    tokens, weigh as many tokens as they predict.
     """
-    with auxiliary.collect(jnp.asarray(batch.segment_ids[:, :-1] > 0)) as found:
+    with auxiliary.collect() as found:
         total = loss(model, batch)
     means = {name: sums.mean() for name, sums in found.items()}
     more = sum((mean.loss for mean in means.values()), start=jnp.zeros(()))
@@ -46,17 +49,21 @@ def objective(model: LM, batch: Batch) -> tuple[jax.Array, tuple[Loss, dict[str,
 
 
 def make_step(
-    skeleton: LM, optimizer: optax.GradientTransformation, accumulate: int = 1
-) -> Callable[[dict, Any, Batch], tuple[dict, Any, dict[str, jax.Array]]]:
+    skeleton: LM,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+    loss: Callable[[LM, Any], Loss] = loss,
+) -> Callable[[dict, Any, Any], tuple[dict, Any, dict[str, jax.Array]]]:
     """step(params, optimizer state, batch) -> the two updated, metrics; the first two are donated.
 
     The batch is cut in `accumulate` parts whose gradients add up to that of the whole: the loss
-    is the mean over all predicted tokens of the batch, however they fall among the parts. The
-    metrics hold what layers add to the loss (see `objective`), each under its name.
+    is the mean over all predicted tokens of the batch, however they fall among the parts. Another
+    `loss` takes batches of its own kind. The metrics hold what layers add to the loss (see
+    `objective`), each under its name.
     """
 
     def gradient(params, part):
-        nats = lambda params: objective(bind(skeleton, params), part)
+        nats = lambda params: objective(bind(skeleton, params), part, loss)
         return jax.grad(nats, has_aux=True)(params)
 
     def step(params, state, batch):
