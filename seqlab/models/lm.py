@@ -127,7 +127,7 @@ class LM(nnx.Module):
         self.norm = c.norm.build(c.d_model)
         head = lambda: Linear(c.d_model, c.vocab, ("embed", "vocab"), rngs=rngs)
         head_kind = c.linear if c.linear.head else linear_kinds.Dense()
-        self.head = None if c.tie_embeddings else head_kind.replace(head())
+        self.head = None if c.tie_embeddings else head_kind.replace(head(), "head")
 
     def _built(self, entries, rngs: nnx.Rngs) -> nnx.List:
         c = self.config
