@@ -1,8 +1,9 @@
 """Mixture-of-Memories as fla-hub publishes it: memories of the gated delta rule."""
 
+from typing import Any
+
 from seqlab.layers.mixers import mom
 from seqlab.models import decoder, fla, lm
-from seqlab.models.block import Config as Block
 from seqlab.models.hf_config import Fields
 from seqlab.models.rearrange import TRANSPOSE, Rule, linear, norm, rule, stack
 
@@ -36,11 +37,10 @@ def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
 
 
 def rules(config: lm.Config) -> list[Rule]:
-    return fla.rules(config, _mixer)
+    return fla.rules(config, lambda block: _mixer(block.mixer))
 
 
-def _mixer(block: Block) -> list[Rule]:
-    c = block.mixer
+def _mixer(c: Any) -> list[Rule]:
     d_k, d_v = c.heads * c.key_dim, c.heads * c.value_dim
     each = {"mixer.k": "k", "mixer.v": "v", "mixer.base.beta": "b", "mixer.base.dt": "a"}
     _, conv = fla.side_by_side((d_k, d_k, d_v), conv=c.conv_width)
