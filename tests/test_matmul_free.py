@@ -2,14 +2,27 @@
 
 import functools
 import importlib
+import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 
+import seqlab
+from seqlab.conformance.tolerance import assert_same_rounded_logits
+from seqlab.errors import ModelError
+from seqlab.layers import bit_linear, ffn, norm
+from seqlab.layers.mixers import attention, mlgru
+from seqlab.models import lm
+from seqlab.models.families import hgrn_bit
+from seqlab.models.parameters import parameters
+from seqlab.models.summary import parameter_count
+from seqlab.train.config import load
 from tests import hf_models
 from tests.fla_models import LAYERS, D, hold, rms, under
+from tests.hf_folders import bits
 from tests.hf_models import TINY
 
 INNER = 64
@@ -24,7 +37,7 @@ def bit(x, w, name, eps=1e-6, bits=127):
     return x @ ((weight * s).round().clamp(-1, 1) / s).T
 
 
-def mlgru(w, x, bound):
+def mixer(w, x, bound):
     f = bound + (1 - bound) * torch.sigmoid(bit(x, w, "f_proj"))
     i, h, out = F.silu(bit(x, w, "i_proj")) * (1 - f), torch.zeros_like(x[:, 0]), []
     for t in range(x.shape[1]):
@@ -42,7 +55,7 @@ def forward(weights, tokens):
     bounds = p.cumsum(0) - p[0]
     for n in range(LAYERS):
         w = under(weights, f"model.layers.{n}.")
-        x = x + mlgru(under(w, "attn."), rms(x, w["attn_norm.weight"]), bounds[n])
+        x = x + mixer(under(w, "attn."), rms(x, w["attn_norm.weight"]), bounds[n])
         mlp = under(w, "mlp.")
         gate, y = bit(rms(x, w["mlp_norm.weight"]), mlp, "gate_proj").chunk(2, -1)
         x = x + bit(F.silu(gate) * y, mlp, "down_proj")
@@ -67,7 +80,31 @@ SHAPES = {
 
 def test_the_matmul_free_lm_is_the_published_one(tmp_path):
     fields = {"model_type": "hgrn_bit", "num_heads": 1, "expand_ratio": 1, "hidden_act": "swish"}
-    hold(tmp_path, fields, SHAPES, forward)
+    hold(tmp_path, fields, SHAPES, forward, same=assert_same_rounded_logits)
+
+
+def test_a_model_of_ours_is_exported_as_the_published_ones_if_layers_share_no_bounds(tmp_path):
+    fields = {"vocab": 97, "d_model": 32, "tie_embeddings": False, "linear": hgrn_bit.LINEAR}
+    plain = {"ffn": ffn.Config(joined=True, down_std=0.1), "repeats": 2}
+    model = seqlab.build(lm.Config(**fields, **plain, pattern=(mlgru.Config(layer=0),)))
+    again = seqlab.load(seqlab.export_hf(model, tmp_path / "exported"))
+    assert json.loads(again.config.published)["model_type"] == "hgrn_bit"
+    assert bits(parameters(again)) == bits(parameters(model))
+    dense = lm.Config(**fields | {"linear": "dense"}, **plain, pattern=(mlgru.Config(layer=0),))
+    with pytest.raises(ModelError, match="No published family"):
+        seqlab.export_hf(seqlab.build(dense), tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    "name, lr, billions", [("370m", 4e-3, 0.37), ("1_3b", 2.5e-3, 1.37), ("2_7b", 1.5e-3, 2.70)]
+)
+def test_the_published_sizes_are_those_of_the_configs(name, lr, billions):
+    config = load(f"configs/matmul_free_{name}.py")
+    assert round(parameter_count(config.model.skeleton()) / 1e9, 2) == billions
+    rate = config.optimizer.learning_rate(config.steps)
+    middle = config.steps // 2
+    assert float(rate(config.optimizer.warmup)) == pytest.approx(lr)
+    assert float(rate(middle)) == pytest.approx(float(rate(middle - 1)) / 2, rel=1e-3)
 
 
 @pytest.fixture
@@ -96,5 +133,31 @@ def rounded(bitnet, model):
 
 def test_bitnet_is_that_of_transformers(tmp_path, bitnet):
     adjust = functools.partial(rounded, bitnet)
-    model = hf_models.hold(transformers.BitNetConfig(**TINY), tmp_path, adjust)
+    same = assert_same_rounded_logits
+    model = hf_models.hold(transformers.BitNetConfig(**TINY), tmp_path, adjust, same=same)
     assert len(model.blocks) == 1, "its layers are alike, so one program serves all"
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_model_of_ours_that_is_built_like_bitnet_is_exported_as_one(normed, tmp_path, bitnet):
+    one = norm.Config()
+    config = lm.Config(
+        vocab=97,
+        d_model=32,
+        pattern=(attention.Config(max_length=64, kv_heads=2, out_norm=one),),
+        repeats=2,
+        ffn=ffn.Config(activation="relu2", norm=one),
+        linear=bit_linear.Config(norm=normed, eps=1e-5, head=False),
+    )
+    model = seqlab.build(config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        seqlab.export_hf(model, tmp_path / "exported"),
+        attn_implementation="eager",
+        dtype=torch.float32,
+    )
+    linear = theirs.model.layers[0].mlp.down_proj
+    assert theirs.config.model_type == "bitnet" and isinstance(linear, bitnet.AutoBitLinear)
+    assert (linear.rms_norm is not None) == normed
+    tokens = np.random.default_rng(0).integers(0, 97, (hf_models.B, hf_models.T), np.int32)
+    expected = hf_models.torch_logits(theirs.eval(), tokens)
+    assert_same_rounded_logits(hf_models.logits(model, tokens), expected)

@@ -1,5 +1,7 @@
-"""BitNet b1.58 2B4T (Ma et al., 2025): Llama with ternary weights, squared ReLUs and a norm before
-each last map of a layer; its latent weights, which transformers rounds as it runs."""
+"""BitNet b1.58 2B4T (Ma et al., 2025): Llama with ternary weights, squared ReLUs and more norms.
+
+These are its latent weights, which transformers rounds as it runs.
+"""
 
 from typing import Any
 
