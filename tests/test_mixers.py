@@ -129,6 +129,7 @@ def test_mixer_has_the_property(case, prove):
         ("min_lstm", "expand"),
         ("mlgru", "layer layers norm_eps"),
         ("gated_conv", "conv_width"),
+        ("base_conv", "conv_width"),
         ("rwkv4", "width layer layers"),
         ("rwkv4_channel_mix", "width layer layers"),
         ("lstm", "heads"),
