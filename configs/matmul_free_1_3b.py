@@ -2,8 +2,8 @@
 
     seqlab train configs/matmul_free_1_3b.py
 
-The paper trains it on 100B tokens; expected is 46.2 on average over its six tasks,
-48.0 being that of a transformer of this size.
+The paper trains it on 100B tokens; expected is 46.2 on average over its six tasks, 48.0 that of a
+transformer.
 """
 
 import dataclasses

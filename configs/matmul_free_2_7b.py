@@ -2,8 +2,8 @@
 
     seqlab train configs/matmul_free_2_7b.py
 
-The paper trains it on 100B tokens; expected is 49.9 on average over its six tasks,
-50.7 being that of a transformer of this size.
+The paper trains it on 100B tokens; expected is 49.9 on average over its six tasks, 50.7 that of a
+transformer.
 """
 
 import dataclasses

@@ -27,9 +27,7 @@ def matmul_free(d_model: int, layers: int) -> lm.Config:
         vocab=32000,
         d_model=d_model,
         pattern=tuple(mlgru.Config(layer=n, layers=layers) for n in range(layers)),
-        ffn=ffn.Config(
-            multiple_of=256, joined=True, std=0.02, down_std=0.02 * (2 * layers) ** -0.5
-        ),
+        ffn=ffn.Config(multiple_of=256, joined=True, **small),
         linear=bit_linear.Config(eps=1e-6),
         tie_embeddings=False,
     )
