@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from seqlab import heap
-from seqlab.errors import SeqlabError
+from seqlab.errors import ConfigError, SeqlabError
 from seqlab.launch import go_on_in_a_child, several_are_meant
 
 app = typer.Typer(
@@ -204,15 +204,33 @@ def tokenize(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A model's folder.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    fields: Overrides = None,
     max_length: MaxLength = None,
+    pack: Annotated[
+        Literal["ternary", "int8", "ptqtp"] | None,
+        typer.Option(help="Write a saved model with weights of few bits, for inference."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text that --pack int8 reads.")
+    ] = None,
+    squeeze: Annotated[
+        bool, typer.Option("--squeeze", help="Store five trits a byte, not four.")
+    ] = False,
 ) -> None:
     """Write a published model as a saved one, and a run or saved model as a published one.
 
-    A published model is what transformers reads and writes: config.json and safetensors.
+    A published model is what transformers reads and writes: config.json and safetensors. With
+    --pack, whatever the source, DST is a saved model; NAME=VALUE are fields of that form.
     """
-    from seqlab.models.convert import convert
+    from seqlab.models import convert
 
-    print(convert(source, target, max_length=max_length))
+    if pack is None and (fields or calibrate or squeeze):
+        raise ConfigError("Fields, --calibrate and --squeeze are for --pack: give that as well.")
+    if pack is None:
+        print(convert.convert(source, target, max_length=max_length))
+    else:
+        how = {"calibrate": calibrate, "squeeze": squeeze, "max_length": max_length}
+        print(convert.packed(source, target, pack, fields or (), **how))
 
 
 @app.command(name="eval")
