@@ -247,7 +247,7 @@ def test_the_loss_is_that_of_next_tokens_beyond_the_prefix_and_of_masked_ones_in
 
 def test_an_evaluation_masks_nothing_and_counts_what_lies_beyond_the_prefix(model):
     tokens, segments = batch()
-    total = make_evaluation(model, OBJECTIVE)(parameters(model), batch())
+    total = make_evaluation(model, OBJECTIVE.ask)(parameters(model), batch())
     following, masked = by_hand(model, tokens, segments, tokens[:, :-1])
     assert total.tokens == len(following) and not masked
     assert_close(total.nats, np.float32(np.sum(following)))

@@ -27,6 +27,8 @@ class Chunk(Protocol):
     backward: Callable[..., tuple[Any, ...]]
     #: *tokens, *weights -> what the chunk does to the state that enters it
     transition: Callable[..., Any]
+    # optional: keep(*tokens, *weights, the state that enters) -> the part of it that `backward`
+    # takes in its place
 
 
 def scan_chunks(chunk: Chunk, tokens: tuple, state, size: int, weights: tuple = ()):
@@ -75,13 +77,19 @@ def _numbers(tokens, size: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(chunk, size, tokens, weights, state):
     """tokens ([B, N * C, ...], ...) -> y [B, N * C, ...], state"""
-    return _forward(chunk, size, tokens, weights, state, keep=lambda S: None)[0]
+    return _run(chunk, size, tokens, weights, state, keep=lambda *args: None)[0]
 
 
-def _forward(chunk, size, tokens, weights, state, keep=lambda S: S):
+def _forward(chunk, size, tokens, weights, state):
+    keep = getattr(chunk, "keep", lambda *args: args[-1])
+    return _run(chunk, size, tokens, weights, state, keep)
+
+
+def _run(chunk, size, tokens, weights, state, keep):
     def step(S, n):
-        y, after = chunk.forward(*_chunk_at(n, tokens, size), *weights, S)
-        return after, (y, keep(S))
+        here = (*_chunk_at(n, tokens, size), *weights, S)
+        y, after = chunk.forward(*here)
+        return after, (y, keep(*here))
 
     last, (y, entering) = kept(lax.scan(step, state, _numbers(tokens, size)))
     return (_joined(y), last), (tokens, weights, entering)

@@ -29,7 +29,7 @@ from seqlab.parallel.transitions import Diagonal
 def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(_OuterProduct, tokens, state, chunk_length(q, chunk_size))
+    y, state = chunk_scan.scan_chunks(OuterProduct, tokens, state, chunk_length(q, chunk_size))
     return read(y, v, normaliser), state
 
 
@@ -38,7 +38,7 @@ def transition(
 ) -> Diagonal:
     """What these tokens do to the state that enters them."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    return chunk_scan.transition(_OuterProduct, tokens, chunk_length(q, chunk_size))
+    return chunk_scan.transition(OuterProduct, tokens, chunk_length(q, chunk_size))
 
 
 def written(v: jax.Array, normaliser: bool) -> jax.Array:
@@ -53,7 +53,7 @@ def read(y: jax.Array, v: jax.Array, normaliser: bool):
     return y[..., :-1].astype(v.dtype), y[..., -1]
 
 
-class _OuterProduct:
+class OuterProduct:
     """One chunk: q, k [B, C, G, K], v [B, C, H, V], log_decay [B, C, H, 1 or K], S [B, H, K, V]."""
 
     @staticmethod
