@@ -30,6 +30,8 @@ class Chunk(Protocol):
     backward: Callable[..., tuple[Any, ...]]
     #: *tokens, *weights -> what the chunk does to the state that enters it
     transition: Callable[..., Any]
+    # optional: keep(*tokens, *weights, the state that enters) -> the part of it that `backward`
+    # takes in its place
 
 
 def scan_chunks(
@@ -143,13 +145,19 @@ def _joined(chunks):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(part: Part, tokens, weights, state):
     """tokens ([B, N * C, ...], ...) -> y [B, (stop - start) * C, ...], state"""
-    return _forward(part, tokens, weights, state, keep=lambda S: None)[0]
+    return _run(part, tokens, weights, state, keep=lambda *args: None)[0]
 
 
-def _forward(part, tokens, weights, state, keep=lambda S: S, scan=lax.scan):
+def _forward(part, tokens, weights, state, scan=lax.scan):
+    keep = getattr(part.chunk, "keep", lambda *args: args[-1])
+    return _run(part, tokens, weights, state, keep, scan)
+
+
+def _run(part, tokens, weights, state, keep, scan=lax.scan):
     def step(S, n):
-        y, after = part.chunk.forward(*_chunk_at(n, tokens, part.size), *weights, S)
-        return after, (y, keep(S))
+        here = (*_chunk_at(n, tokens, part.size), *weights, S)
+        y, after = part.chunk.forward(*here)
+        return after, (y, keep(*here))
 
     last, (y, entering) = kept(scan(step, state, jnp.arange(part.start, part.stop)))
     return (_joined(y), last), (tokens, weights, entering)

@@ -116,8 +116,7 @@ def _enter(travel: Travel, against_time: bool, work, transition, state, operands
 
 def _forward(travel, against_time, work, transition, state, operands):
     forward = work and (lambda scan: work.forward(scan, *operands))
-    entering, leaving, done = _carried(travel, against_time, transition, state, forward)
-    results, kept = done if work else (None, None)
+    entering, leaving, (results, kept) = _carried(travel, against_time, transition, state, forward)
     entering = jax.tree.map(lambda a: checkpoint_name(a, ENTERING), entering)
     saved = transition._replace(update=None), entering, kept
     return (entering, leaving, results), saved
@@ -129,26 +128,28 @@ def _backward(travel, against_time, work, saved, cotangents):
     d_entering, d_leaving, d_results = cotangents
     turned: Any = transition.turned(d_entering)
     if work is None:
-        back = _enter(travel, not against_time, None, turned, d_leaving, ())  # pyright: ignore
+        back: Any = _enter(travel, not against_time, None, turned, d_leaving, ())  # pyright: ignore
+        d_left, d_state, d_operands = *back[:2], ()
     else:
         backward = lambda scan: work.backward(scan, kept, d_results)
-        back = _carried(travel, not against_time, turned, d_leaving, backward)
-    d_left, d_state, d_operands = back
+        d_left, d_state, d_operands = _carried(
+            travel, not against_time, turned, d_leaving, backward
+        )
     # of the update only the shape matters here
     _, pullback = jax.vjp(lambda t: t(entering), transition._replace(update=d_left))
-    return *pullback(d_left), d_state, d_operands or ()
+    return *pullback(d_left), d_state, d_operands
 
 
 _enter.defvjp(_forward, _backward)
 
 
-def _carried(travel: Travel, against_time: bool, transition, state, work: Any = None):
+def _carried(travel: Travel, against_time: bool, transition, state, work: Any = None) -> Any:
     """What enters and what leaves, and what work(scan) returns."""
     devices = range(lax.axis_size(SEQ))
     line = Lines([devices[::-1] if against_time else devices])
     state = jax.tree.map(lambda a: _varying(a, SEQ), state)
     if work is None:
-        entering, done = _STRATEGIES[travel.strategy](transition, state, line, travel), None
+        entering, done = _STRATEGIES[travel.strategy](transition, state, line, travel), (None, ())
     else:
         entering, done = all_scan_hops(transition, state, line, travel).beside(work)
     return entering, _of(line.last, transition(entering)), done

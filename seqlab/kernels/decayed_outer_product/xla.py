@@ -29,7 +29,7 @@ from seqlab.parallel.transitions import Diagonal
 def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(_OuterProduct, tokens, state, chunk_length(q, chunk_size))
+    y, state = chunk_scan.scan_chunks(OuterProduct, tokens, state, chunk_length(q, chunk_size))
     return read(y, v, normaliser), state
 
 
@@ -38,18 +38,16 @@ def transition(
 ) -> Diagonal:
     """What these tokens do to the state that enters them."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    return chunk_scan.transition(_OuterProduct, tokens, chunk_length(q, chunk_size))
+    return chunk_scan.transition(OuterProduct, tokens, chunk_length(q, chunk_size))
 
 
 def apart(
     hops, q, k, v, log_decay, reset, nothing, *, chunk_size: int = 64, normaliser: bool = False
 ):
     """See `recurrence`: what a state brings is one product more."""
-    tokens, size = (
-        (q, k, written(v, normaliser), widen(log_decay), reset),
-        chunk_length(q, chunk_size),
-    )
-    found = chunk_scan.apart(_OuterProduct, tokens, nothing, size, hops, _remembered)
+    tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
+    size = chunk_length(q, chunk_size)
+    found = chunk_scan.apart(OuterProduct, tokens, nothing, size, hops, _remembered)
     if found is None:
         return None
     return found._replace(finish=lambda *results: read(found.finish(*results), v, normaliser))
@@ -77,7 +75,7 @@ def read(y: jax.Array, v: jax.Array, normaliser: bool):
     return y[..., :-1].astype(v.dtype), y[..., -1]
 
 
-class _OuterProduct:
+class OuterProduct:
     """One chunk: q, k [B, C, G, K], v [B, C, H, V], log_decay [B, C, H, 1 or K], S [B, H, K, V]."""
 
     @staticmethod

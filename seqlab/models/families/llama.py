@@ -83,9 +83,7 @@ def _written_out(one: block.Config, d_model: int) -> block.Config:
         heads = {"kv_heads": mixer.kv_heads or mixer.heads}
         heads["head_dim"] = mixer.head_dim or d_model // mixer.heads
         mixer = dataclasses.replace(mixer, **heads)
-    if isinstance(mlp, ffn.Config):
-        same = {"ratio": ffn.Config().ratio, "multiple_of": ffn.Config().multiple_of}
-        mlp = dataclasses.replace(mlp, width=mlp.inner(d_model), **same)
+    mlp = mlp.written_out(d_model) if isinstance(mlp, ffn.Config) else mlp
     return dataclasses.replace(one, mixer=mixer, ffn=mlp)
 
 
