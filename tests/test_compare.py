@@ -49,9 +49,8 @@ def tiny():
 def compare(out, mixers=MIXERS, **options) -> tuple[list[Result], str]:
     said = io.StringIO()
     console = Console(file=said, width=200)
-    asked = ",".join(mixers)
-    found = command.compare("mqar", asked, out=out, width="8", console=console, **options)
-    return found, said.getvalue()
+    asked = command.ask("mqar", ",".join(mixers), out=out, width="8", **options)
+    return command.compare(asked, console), said.getvalue()
 
 
 @pytest.fixture(scope="module")
