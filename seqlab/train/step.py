@@ -10,6 +10,7 @@ import optax
 from seqlab.layers import auxiliary
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind
+from seqlab.parallel import compiler
 from seqlab.train.corpus import Batch
 from seqlab.train.objective import NEXT_TOKEN, Asked
 
@@ -98,14 +99,15 @@ def make_step(
         }
         return optax.apply_updates(params, updates), state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler.options())
 
 
 def make_evaluation(
     skeleton: LM, ask: Callable[[Batch], Asked] = NEXT_TOKEN.ask
 ) -> Callable[[dict, Batch], Loss]:
     """evaluate(params, batch) -> Loss"""
-    return jax.jit(lambda params, batch: cross_entropy(bind(skeleton, params), ask(batch)))
+    total = lambda params, batch: cross_entropy(bind(skeleton, params), ask(batch))
+    return jax.jit(total, compiler_options=compiler.options())
 
 
 def _updates(state: Any) -> Any:
