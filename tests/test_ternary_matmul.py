@@ -133,8 +133,8 @@ def test_an_unknown_implementation_is_refused():
     [
         ("v5e:2x2", 1, 2048, 2048, 1),
         ("v5e:2x2", 300, 2816, 1000, 1),
-        ("v5p:2x2x1", 3, 171, 40, 1),
-        ("v5e:2x2", 8, 4100, 256, 0),  # one block of all inputs is too large
+        ("v5p:2x2x1", 3, 1370, 40, 1),
+        ("v5e:2x2", 8, 8204, 256, 0),  # one block of all inputs is too large
     ],
 )
 def test_on_a_tpu_it_is_the_kernel(name, M, K, N, kernels):
