@@ -52,8 +52,7 @@ def generate(
                  last token of the text (a stop string included)
     state        a file that `save_state` wrote: the prompt, which may then be absent, continues it
     chat         the prompt is a message in the model's chat template, after `system` if given
-    read_twice   give the prompt (with chat: the message) twice, or to a model with a prefix as
-                 often as it takes to be longer than that
+    read_twice   the prompt, or message, comes twice, or as often as fills the model's prefix
     max_length   tokens that full attention holds, for a published model
     as_json      print one JSON object a row: row, prompt_tokens, text, tokens, finish ("length",
                  "stop", "nan", "interrupted"), seconds, tokens_per_second (without the first
@@ -66,8 +65,8 @@ def generate(
     lm = store.load(model, max_length=max_length)
     tokenizer = store.load_tokenizer(model, lm)
     session = Session(lm) if state is None else Session.load(lm, state)
-    again = _again(prompt, prompt_file, tokenizer, lm.prefix) if read_twice else prompt
-    given = again, prompt_file, tokenizer
+    said = _again(prompt, prompt_file, tokenizer, lm.prefix) if read_twice else prompt
+    given = said, prompt_file, tokenizer
     ids = _conversation(*given, system) if chat else _ids(*given, marked=state is None)
     read = _feed(session, ids, state)
     run = Run(session.fork(batch), tokenizer, sampling, seed, stop, exact=save_state is not None)
@@ -75,16 +74,25 @@ def generate(
     with Terminal() as terminal:
         if live and prompt is not None:
             terminal.echo(prompt + "\n" * chat)
-        for _ in run.go(steps, terminal, PACE if live else None):
-            if live:
-                terminal.show(run.rows[0].ready())
+        _show(run, steps, terminal, live)
     for b in range(len(run.rows)):
         terminal.show(_line(run, b, read, live, as_json), end="\n")
     if save_state is not None:
         run.session.save(save_state)
+    _require_numbers(run, model)
+    return 130 if terminal.stopped else 0
+
+
+def _show(run: "Run", steps: int, terminal: Terminal, live: bool) -> None:
+    """Go on for so many steps; text is shown as it comes if `live`."""
+    for _ in run.go(steps, terminal, PACE if live else None):
+        if live:
+            terminal.show(run.rows[0].ready())
+
+
+def _require_numbers(run: "Run", model: pathlib.Path) -> None:
     if any(row.finish == "nan" for row in run.rows):
         raise ModelError(f"The logits of {model} are not finite: its weights are damaged.")
-    return 130 if terminal.stopped else 0
 
 
 def _line(run: "Run", b: int, read: int, live: bool, as_json: bool) -> str:
