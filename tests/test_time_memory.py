@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from seqlab.conformance.tolerance import GRADIENT, assert_close
+from seqlab.kernels import test_time_memory as kernel
 from seqlab.kernels.delta_rule import delta_rule
 from seqlab.kernels.test_time_memory import State, Weights
-from seqlab.kernels.test_time_memory import empty as kernel_empty
 from seqlab.kernels.test_time_memory import test_time_memory as titans
 from seqlab.kernels.test_time_memory import test_time_training as ttt
 
@@ -45,6 +45,13 @@ def left(rng, W: Weights, *, start=True) -> State:
     return State(some(), some(), some() if start else (), phase)
 
 
+def empty(W: Weights, **parts) -> State:
+    """In float64."""
+    wide = lambda a: np.asarray(a, np.float64) if a.dtype == np.float32 else np.asarray(a)
+    return jax.tree.map(wide, kernel.empty(B, W.layers, **parts))
+
+
+@functools.cache
 def jitted(f, **options):
     """f(implementation, *args) -> results, gradients of all numbers."""
 
@@ -62,6 +69,7 @@ def jitted(f, **options):
     return in_float64(run)
 
 
+@functools.cache
 def forward(f, **options):
     """f(*args) -> results, by the implementation that is chosen."""
     return in_float64(jax.jit(functools.partial(f, **options)))
@@ -83,10 +91,9 @@ def assert_agree(actual, expected):
 @pytest.mark.parametrize(
     "depth, options",
     [
-        (1, {}),
-        (2, {"decay_to": "zero"}),
-        (2, {"read": "chunk", "activation": "silu", "bias": True}),
-        (3, {"norm": True}),
+        (1, {"decay_to": "zero", "activation": "silu", "bias": True}),
+        (2, {}),
+        (3, {"read": "chunk", "norm": True}),
     ],
     ids=str,
 )
@@ -100,11 +107,10 @@ def test_the_dual_form_equals_the_definition_in_float64(depth, options):
     assert_agree(run("xla", *args), run("reference", *args))
 
 
-@pytest.mark.parametrize("depth", [1, 2], ids=["linear", "MLP"])
-def test_the_dual_form_of_ttt_equals_its_definition_in_float64(depth):
-    rng = np.random.default_rng(depth)
-    W = weights(rng, depth, bias=True, norm=True)
-    scale = 0.2 + rng.random((depth, CHUNK))  # one for all heads, and one for each
+def test_the_dual_form_of_ttt_equals_its_definition_in_float64():
+    rng = np.random.default_rng(2)
+    W = weights(rng, 2, bias=True, norm=True)
+    scale = 0.2 + rng.random((H, CHUNK))
     args = *document(rng, W, gates=1), W, scale, left(rng, W, start=False)
     run = jitted(ttt)
     assert_agree(run("xla", *args), run("reference", *args))
@@ -144,7 +150,9 @@ def test_what_is_packed_before_a_document_changes_nothing():
     for start in (1, 4, 13):  # another document ends there, of noise
         noise = [rng.normal(size=a[:, :start].shape) for a in tokens[:3]]
         before = *noise, *(a[:, :start] for a in tokens[3:])
-        packed = (np.concatenate([a, b[:, :-start]], 1) for a, b in zip(before, tokens, strict=True))
+        packed = (
+            np.concatenate([a, b[:, :-start]], 1) for a, b in zip(before, tokens, strict=True)
+        )
         y, _ = run(*packed, W, left(rng, W))
         assert_close(y[:, start:], alone[:, :-start])
 
@@ -183,7 +191,7 @@ def test_sums_over_gradients_of_every_token_give_the_same():
     rng = np.random.default_rng(5)
     W, length = weights(rng, 2), 2 * CHUNK
     q, k, v, rate, log_momentum, log_decay, reset = document(rng, W, length, resets=0.0)
-    state = kernel_empty(B, W.layers)
+    state = empty(W)
     run = forward(titans, chunk_size=CHUNK, decay_to="zero")
     y, _ = run(q, k, v, rate, log_momentum, log_decay, reset, W, state)
     f = lambda W, x: jax.nn.gelu(x @ W[0]) @ W[1]
@@ -215,7 +223,7 @@ def test_ttt_is_a_gradient_step_on_every_token_of_a_chunk():
     q, k, v, rate, reset = document(rng, W, 2 * CHUNK, resets=0.0, gates=1)
     scale = 0.2 + rng.random((1, CHUNK))
     with jax.enable_x64(True):
-        y, _ = jax.jit(ttt)(q, k, v, rate, reset, W, scale, kernel_empty(B, W.layers, start=False))
+        y, _ = jax.jit(ttt)(q, k, v, rate, reset, W, scale, empty(W, start=False))
 
         def one_head(W, gain, bias, q, k, v, rate):
             norm = lambda h: gain * jax.nn.standardize(h, epsilon=1e-6) + bias
@@ -254,6 +262,6 @@ def test_a_hundred_thousand_tokens_stay_finite_at_rates_that_are_said_to(fractio
         return state, jnp.max(jnp.abs(y))
 
     keys = jax.random.split(jax.random.key(0), tokens // piece)
-    state, largest = jax.jit(lambda: jax.lax.scan(read, kernel_empty(1, W.layers), keys))()
+    state, largest = jax.jit(lambda: jax.lax.scan(read, kernel.empty(1, W.layers), keys))()
     assert np.isfinite(largest).all() == finite
     assert not finite or max(np.abs(a).max() for a in state.weights) < 10

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from seqlab.errors import ConfigError
 from seqlab.kernels import test_time_memory as kernel
 from seqlab.kernels.precision import widen
+from seqlab.kernels.test_time_memory import dual
 from seqlab.layers.conv import ShortConv
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.norm import unit_length
@@ -71,23 +72,17 @@ class NeuralMemory(nnx.Module):
 
     def init_state(self, batch: int) -> State:
         conv = self.conv.init_state(batch) if self.conv else ()
-        return State(conv, kernel.empty(batch, tuple(W[...] for W in self.layers)))
+        return State(conv, kernel.empty(batch, tuple(self.layers)))
 
     def __call__(self, x, state: State, reset) -> tuple[jax.Array, State]:
         c, qkv, conv = self.config, self.qkv(x), state.conv
         if self.conv:
             qkv, conv = self.conv(qkv, conv, reset=reset)
-        q, k, v = (heads(a, c.heads) for a in jnp.split(jax.nn.silu(qkv), 3, -1))
-        rate, momentum, kept = jnp.split(widen(self.gates(x)), 3, -1)
         y, memory = kernel.test_time_memory(
-            unit_length(q),
-            unit_length(k),
-            unit_length(v) if c.unit_values else v,
-            c.max_inner_lr * jax.nn.sigmoid(rate),
-            jax.nn.log_sigmoid(momentum),
-            jax.nn.log_sigmoid(kept),
+            *self._asked(qkv),
+            *self._gates(x),
             reset,
-            kernel.Weights(tuple(W[...] for W in self.layers)),
+            self.weights,
             state.memory,
             chunk_size=c.chunk_size,
             activation=c.activation,
@@ -97,12 +92,61 @@ class NeuralMemory(nnx.Module):
         )
         return merge(y), State(conv, memory)
 
+    def window(self, x, reset, place, valid, state) -> tuple[jax.Array, tuple]:
+        """The same for one window of `scan_segments`: state is that of the convolution, and the
+        weights, momentum and start of `kernel.State`."""
+        (conv, *memory), qkv, c = state, self.qkv(x), self.config
+        seen = qkv
+        if self.conv:
+            seen, _ = self.conv(qkv, conv, reset=reset)
+            conv = conv._replace(inputs=_inputs(conv.inputs, qkv, reset & valid, valid))
+        q, k, v = self._asked(seen)
+        tokens = v, q, k, jnp.stack(self._gates(x), -1)
+        options = dual.Options(c.activation, c.decay_to, c.read)
+        y, memory = dual.with_momentum(options, tokens, reset, place, valid, self.weights, memory)
+        return merge(y).astype(x.dtype), (conv, *memory)
 
-def initial_layers(n: int, sizes: list[int], *, std: float | None = None, rngs: nnx.Rngs) -> list:
-    """What the networks of n heads start with: matrices from each size to the next, normal with
-    standard deviation `std`, by default (the size that is read) ** -0.5."""
-    normal = lambda i, o: jax.random.normal(rngs.params(), (n, i, o), jnp.float32)
-    return [
-        nnx.Param(normal(i, o) * (i**-0.5 if std is None else std), axes=("heads", None, None))
-        for i, o in zip(sizes[:-1], sizes[1:], strict=True)
-    ]
+    def recall(self, q, reset, place, valid, state) -> jax.Array:
+        """What the weights with which the segment began answer to q [B, T, D] in a window."""
+        options, q = dual.Options(self.config.activation), heads(q, self.config.heads)
+        at = unit_length(jax.nn.silu(q)), reset, place, valid
+        return merge(dual.recall(options, *at, self.weights, state[1:])).astype(q.dtype)
+
+    @property
+    def weights(self) -> kernel.Weights:
+        """What a document starts with."""
+        return kernel.Weights(tuple(W[...] for W in self.layers))
+
+    def _asked(self, qkv):
+        q, k, v = (heads(a, self.config.heads) for a in jnp.split(jax.nn.silu(qkv), 3, -1))
+        return unit_length(q), unit_length(k), unit_length(v) if self.config.unit_values else v
+
+    def _gates(self, x):
+        rate, momentum, kept = jnp.split(widen(self.gates(x)), 3, -1)
+        rate = self.config.max_inner_lr * jax.nn.sigmoid(rate)
+        return rate, jax.nn.log_sigmoid(momentum), jax.nn.log_sigmoid(kept)
+
+
+def _inputs(old, new, reset, valid):
+    """The last W - 1 inputs [B, W - 1, D] of the document after those of `new` that are valid."""
+    kept, count = old.shape[1], jnp.sum(valid, 1, keepdims=True)
+    at = count + jnp.arange(kept)  # among old and new, in order of time
+    began = jnp.max(jnp.where(reset, jnp.arange(new.shape[1]), -kept), 1, keepdims=True) + kept
+    both = jnp.concatenate([old, new.astype(old.dtype)], 1)
+    return jnp.where((at < began)[..., None], 0, jnp.take_along_axis(both, at[..., None], 1))
+
+
+def initial_layers(
+    n: int, sizes: list[int], *, std: float | None = None, bias: bool = False, rngs: nnx.Rngs
+) -> list[nnx.Param]:
+    """What the networks of n heads start with: a matrix from each size to the next, normal with
+    standard deviation `std`, by default (the size that is read) ** -0.5; and, with `bias`, one row
+    more, of zeros."""
+
+    def layer(i: int, o: int):
+        matrix = jax.random.normal(rngs.params(), (n, i, o), jnp.float32)
+        matrix *= i**-0.5 if std is None else std
+        matrix = jnp.pad(matrix, [(0, 0), (0, int(bias)), (0, 0)])
+        return nnx.Param(matrix, axes=("heads", None, None))
+
+    return [layer(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]

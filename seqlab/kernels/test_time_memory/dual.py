@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from seqlab.kernels.decay import pair_decay
+from seqlab.kernels.decay import BLOCK, pair_decay
 from seqlab.kernels.documents import documents
 from seqlab.kernels.precision import widen
 from seqlab.kernels.test_time_memory.network import Weights, network
@@ -37,7 +37,7 @@ class Sum(NamedTuple):
 
     def product(self, layer: int, h, learned: Learned | None = None):
         """Each token's row of h [B, H, C, d_in] times its own matrix."""
-        y = sum(_times(a, h @ matrices[layer]) for a, matrices in self.terms)
+        y = sum(a * (h @ matrices[layer]) for a, matrices in self.terms)
         if learned is None or self.pairs is None:
             return y
         return y - (self.pairs * (h @ learned.rows[layer].mT)) @ learned.errors[layer]
@@ -47,16 +47,11 @@ class Sum(NamedTuple):
         return tuple(self._last(n, learned).astype(a.dtype) for n, a in enumerate(like))
 
     def _last(self, layer: int, learned: Learned):
-        kept = sum(_times(a[:, :, -1:], matrices[layer]) for a, matrices in self.terms)
+        kept = sum(a[:, :, -1:] * matrices[layer] for a, matrices in self.terms)
         if self.pairs is None:
             return kept
         written = self.pairs[:, :, -1, :, None] * learned.rows[layer]
         return kept - written.mT @ learned.errors[layer]
-
-
-def _times(a, b):
-    """a * b, and 0 where a is: a state that ran out of numbers is forgotten at a reset."""
-    return jnp.where(a != 0, a * b, 0)
 
 
 class Options(NamedTuple):
@@ -69,9 +64,9 @@ def with_momentum(options: Options, tokens, reset, place, valid, weights: Weight
     """A window of `test_time_memory`; the gates are rate, log_momentum and log_decay."""
     (v, q, k), (rate, log_momentum, log_decay) = _arranged(tokens, valid)
     (D, S, start), (enters, sees) = state, _seen(reset, valid)
-    start = _where(valid[:, 0] & (place[:, 0] == 0), D, start)
+    start = _where(_begins(place, valid), D, start)
 
-    momentum, decay = (pair_decay(g, sees).pairs for g in (log_momentum, log_decay))
+    momentum, decay = (_between(g, sees) for g in (log_momentum, log_decay))
     decay = decay * valid[:, None, None]  # where there is no token, no momentum is added
     exact = jax.lax.Precision.HIGHEST
     both = jnp.matmul(decay, momentum, precision=exact)
@@ -98,7 +93,7 @@ def within_chunks(options: Options, tokens, reset, place, valid, weights, state)
     """A window of `test_time_training`; the one gate is the rate."""
     (v, q, k), (rate,) = _arranged(tokens, valid)
     (weights, scale), (D, S), (enters, sees) = weights, state, _seen(reset, valid)
-    first = valid[:, 0] & (place[:, 0] == 0)
+    first = _begins(place, valid)
     D = _where(first, tuple(d + scale[:, -1:, None] * s for d, s in zip(D, S, strict=True)), D)
     S = _where(first, tuple(s * 0 for s in S), S)
 
@@ -109,6 +104,15 @@ def within_chunks(options: Options, tokens, reset, place, valid, weights, state)
     learned = _learned(k, v, at_start, weights, options.activation)
     y = _answer(q, now, learned, weights, options.activation)
     return y, (at_start.last(learned, D), gathered.last(learned, S))
+
+
+def recall(options: Options, q, reset, place, valid, weights: Weights, state):
+    """What a window of `test_time_memory` would answer with read="chunk", writing nothing."""
+    (D, _, start), (enters, _) = state, _seen(reset, valid)
+    at_start = Sum(((enters, _where(_begins(place, valid), D, start)),))
+    q = jnp.swapaxes(widen(q), 1, 2)
+    y = network(q, _plus(weights, at_start.product), weights, options.activation)
+    return jnp.swapaxes(y, 1, 2)
 
 
 def _arranged(tokens, valid):
@@ -122,6 +126,19 @@ def _seen(reset, valid):
     """Which tokens are of the document that enters, [B, 1, C, 1], and `documents.sees`."""
     docs = documents(reset & valid)
     return docs.enters[:, None, :, None], docs.sees
+
+
+def _begins(place, valid):
+    """[B], whether a chunk begins with the window."""
+    return valid[:, 0] & (place[:, 0] == 0)
+
+
+def _between(log_gate, sees):
+    """The product of the gates after token j up to token i, [B, H, C, C]; 0 unless i sees j."""
+    C = sees.shape[1]
+    more = (0, -C % BLOCK)
+    log_gate = jnp.pad(log_gate, [(0, 0), (0, 0), more])
+    return pair_decay(log_gate, jnp.pad(sees, [(0, 0), more, more])).pairs[:, :, :C, :C]
 
 
 def _where(rows, new: tuple, old: tuple) -> tuple:

@@ -31,14 +31,14 @@ class State(NamedTuple):
 
 
 def empty(batch: int, layers: tuple, *, start: bool = True) -> State:
-    """The state before a document, for `Weights.layers`; `start` is for `test_time_memory`."""
+    """The state before a document, for layers of these shapes; `start` for `test_time_memory`."""
     zeros = lambda: tuple(jnp.zeros((batch, *W.shape), jnp.float32) for W in layers)
     phase = jnp.zeros((batch, layers[0].shape[0]), jnp.int32)
     return State(zeros(), zeros(), zeros() if start else (), phase)
 
 
 def network(x: jax.Array, product: Callable, weights: Weights, activation: str) -> jax.Array:
-    """f(x) [B, H, C, V] for x [B, H, C, K], where product(l, h) is h times the matrix of layer l."""
+    """f(x) [B, H, C, V] of x [B, H, C, K], where product(n, h) is h times the matrix of layer n."""
     h = x
     for layer, matrix in enumerate(weights.layers):
         h = ACTIVATIONS[activation](h) if layer else h

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqlab.kernels.chunk_scan import scan_chunks
-from seqlab.kernels.decay import BLOCK
 from seqlab.kernels.precision import widen
 
 GROUP = 8  # chunks between two states that are kept for the backward pass
@@ -47,11 +46,15 @@ def scan_windows(
     weights   a tree of arrays of numbers, the same for all tokens
     state     a tree of arrays [B, ...] of numbers
     """
-    T = reset.shape[1]
+    T, real = reset.shape[1], jnp.ones_like(reset)
+    # windows multiply what is forgotten by 0, which numbers that are none would survive
+    over = lambda a: reset[:, 0].reshape(-1, *(1,) * (a.ndim - 1))
+    state = jax.tree.map(lambda a: jnp.where(over(a), 0, a), state)
+    if T == 1:
+        return run(options, tokens, reset, place, real, weights, state)
     size = min(chunk_size, T)
     group = _Group(run, options, size)
     count = min(GROUP, -(-T // size)) if size == chunk_size else 1
-    real = jnp.ones_like(reset)  # padding becomes False
     return scan_chunks(group, (*tokens, reset, place, real), state, size * count, (weights,))
 
 
@@ -71,9 +74,7 @@ class _Group(NamedTuple):
 
         def window(state, piece):
             *tokens, reset, place, valid = piece
-            work = lambda state: self.run(
-                self.options, tokens, reset, place, valid, weights, state
-            )
+            work = lambda state: self.run(self.options, tokens, reset, place, valid, weights, state)
             nothing = lambda state: (0 * widen(tokens[0]), state)
             y, state = lax.cond(jnp.any(valid), work, nothing, state)
             return state, y
@@ -113,8 +114,7 @@ def _cut(reset, place, real, size: int) -> _Cut:
         return end, (start, end)
 
     _, (start, end) = lax.scan(step, total * 0, length=2 * (-(-T // size)))
-    slots = -(-size // BLOCK) * BLOCK  # whole blocks, as decays between tokens need them
-    index = start[..., None] + jnp.arange(slots, dtype=jnp.int32)
+    index = start[..., None] + jnp.arange(size, dtype=jnp.int32)
     window = jnp.sum(start[..., None] <= t, 0) - 1
     slot = t - jnp.take_along_axis(start.T, window, 1)
     return _Cut(jnp.minimum(index, T - 1), index < end[..., None], window, slot)
