@@ -10,7 +10,8 @@ and a query's row is multiplied with that sum as (q W_t) = sum_m a_{t,m} q M_m -
 (Sun et al., 2024, section 2.5, for sums alone; here with momentum and decay, whose products are P).
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ class Sum(NamedTuple):
 
     def product(self, layer: int, h, learned: Learned | None = None):
         """Each token's row of h [B, H, C, d_in] times its own matrix."""
-        y = sum(a * (h @ matrices[layer]) for a, matrices in self.terms)
+        y = _total(a * (h @ matrices[layer]) for a, matrices in self.terms)
         if learned is None or self.pairs is None:
             return y
         return y - (self.pairs * (h @ learned.rows[layer].mT)) @ learned.errors[layer]
@@ -47,11 +48,15 @@ class Sum(NamedTuple):
         return tuple(self._last(n, learned).astype(a.dtype) for n, a in enumerate(like))
 
     def _last(self, layer: int, learned: Learned):
-        kept = sum(a[:, :, -1:] * matrices[layer] for a, matrices in self.terms)
+        kept = _total(a[:, :, -1:] * matrices[layer] for a, matrices in self.terms)
         if self.pairs is None:
             return kept
         written = self.pairs[:, :, -1, :, None] * learned.rows[layer]
         return kept - written.mT @ learned.errors[layer]
+
+
+def _total(terms: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, terms)
 
 
 class Options(NamedTuple):

@@ -11,7 +11,7 @@ are skipped.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,8 @@ def scan_windows(
     """y [B, T, ...] and the state after all tokens, keeping a state every `GROUP` chunks.
 
     run       run(options, tokens, reset, place, valid, weights, state) -> y, state, for one window:
-              tokens [B, C, ...], of which `valid` [B, C] says which there are; a state is returned
-              as it came for a row in which there are none
+              tokens [B, C, ...], of which `valid` [B, C] says which there are; y float32 or wider; a
+              state is returned as it came for a row in which there are none
     options   hashable
     tokens    arrays [B, T, ...] of numbers, the first of them as y is
     weights   a tree of arrays of numbers, the same for all tokens
@@ -53,7 +53,7 @@ def scan_windows(
     if T == 1:
         return run(options, tokens, reset, place, real, weights, state)
     size = min(chunk_size, T)
-    group = _Group(run, options, size)
+    group: Any = _Group(run, options, size)  # a chunk without a transition
     count = min(GROUP, -(-T // size)) if size == chunk_size else 1
     return scan_chunks(group, (*tokens, reset, place, real), state, size * count, (weights,))
 

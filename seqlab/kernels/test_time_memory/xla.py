@@ -47,8 +47,8 @@ def _scanned(run, options, tokens, gates, reset, weights, state: State, chunk_si
     place = places(reset, state.phase[:, 0], chunk_size)
     tokens = (*tokens, jnp.stack([widen(gate) for gate in gates], -1))
     entering = state[:3] if state.start else state[:2]
-    y, after = scan_windows(
+    y, (W, S, *start) = scan_windows(
         run, options, tokens, reset, place, weights, entering, chunk_size=chunk_size
     )
     phase = jnp.broadcast_to((place[:, -1:] + 1) % chunk_size, state.phase.shape)
-    return y.astype(tokens[0].dtype), State(*(*after, ())[:3], phase)
+    return y.astype(tokens[0].dtype), State(W, S, start[0] if start else (), phase)

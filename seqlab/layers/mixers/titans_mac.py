@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
+from seqlab.kernels.precision import widen
 from seqlab.kernels.test_time_memory.segments import scan_segments
 from seqlab.layers import neural_memory, segment_attention
 from seqlab.layers.linear import Linear
@@ -23,7 +24,8 @@ from seqlab.settings import STRICT, PositiveFinite
 @dataclass(frozen=True, config=STRICT)
 class Config:
     """Attention has `heads` and sees `persistent` learned tokens; a segment is a chunk of the
-    memory, memory.chunk_size tokens from the document's start."""
+    memory, memory.chunk_size tokens from the document's start (memory.implementation says nothing
+    here: there is one)."""
 
     heads: PositiveInt = 4
     persistent: NonNegativeInt = 4
@@ -92,4 +94,5 @@ class TitansMAC(Mixer):
 
 
 def _segment(tree, tokens, reset, place, valid, leaves, state):
-    return jax.tree.unflatten(tree, leaves).segment(tokens[0], reset, place, valid, state)
+    y, state = jax.tree.unflatten(tree, leaves).segment(tokens[0], reset, place, valid, state)
+    return widen(y), state
