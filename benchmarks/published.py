@@ -15,13 +15,14 @@ import transformers
 
 import seqlab
 from seqlab.errors import SeqlabError
+from seqlab.infer.session import Session
 from seqlab.models.lm import LM
 from seqlab.models.parameters import decays, parameters
 from seqlab.train import optimizer
 from seqlab.train.corpus import Batch
 from seqlab.train.step import make_step
 
-D, VOCAB = 512, 256
+D, VOCAB, STEPS = 512, 256, 16
 
 #: What is raced: a config of transformers by the number of layers and the longest document.
 CONFIGS: dict[str, Callable[[int, int], Any]] = {
@@ -137,7 +138,7 @@ def their_training(model: torch.nn.Module, batch: int, length: int) -> Callable[
 
 
 def our_passes(model: LM, batch: int, length: int) -> dict[str, Callable[[], object]]:
-    """Forward, forward and backward, and one step of decoding."""
+    """Forward, forward and backward, and STEPS of decoding from half the length on."""
     ids = tokens(batch, length)
 
     def loss(model):
@@ -145,12 +146,12 @@ def our_passes(model: LM, batch: int, length: int) -> dict[str, Callable[[], obj
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
     forward, both = jax.jit(lambda model: model(ids[:, :-1])[0]), jax.jit(jax.grad(loss))
-    step = jax.jit(lambda model, token, state: model(token, state))
-    _, state = jax.jit(lambda model: model(ids[:, :8]))(model)
+    session = Session(model, block=STEPS)
+    session.feed(ids[:, : length // 2])
     return {
         "forward": lambda: jax.block_until_ready(forward(model)),
         "forward and backward": lambda: jax.block_until_ready(both(model)),
-        "decode": lambda: jax.block_until_ready(step(model, ids[:, :1], state)),
+        "decode": lambda: session.complete(STEPS),
     }
 
 
@@ -170,14 +171,17 @@ def their_passes(
     passes = {"forward": forward, "forward and backward": both}
     try:
         with torch.no_grad():
-            first = model(input_ids=ids[:, :8], use_cache=True)
+            first = model(input_ids=ids[:, : length // 2], use_cache=True)
     except ValueError as why:  # xLSTM in the mode that trains
         print(f"{type(model).__name__} does not decode: {why}", flush=True)
         return passes
     cache = "past_key_values" if "past_key_values" in first else "cache_params"
 
-    def step():  # the cache is written in place; attention's grows by a token at a time
+    def steps():  # the cache is written in place; attention's grows by a token at a time
+        token = ids[:, :1]
         with torch.no_grad():
-            model(input_ids=ids[:, :1], use_cache=True, **{cache: first[cache]})
+            for _ in range(STEPS):
+                out = model(input_ids=token, use_cache=True, **{cache: first[cache]})
+                token = out.logits[:, -1:].argmax(-1)
 
-    return {**passes, "decode": step}
+    return {**passes, "decode": steps}

@@ -12,8 +12,12 @@ The peer `mamba.py` needs the package `mambapy`, which no other part of seqlab u
 import os
 import sys
 
-import benchmarks.record as record
-from benchmarks import published, timing
+from seqlab import heap
+
+heap.keep()  # as `seqlab train` does, and before any thread is there; it serves both sides
+
+import benchmarks.record as record  # noqa: E402
+from benchmarks import published, timing  # noqa: E402
 
 LAYERS, BATCH = 6, 2
 #: Tokens a row, rounds, and how many times as fast as the peer we claim to be.

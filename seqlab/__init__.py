@@ -25,6 +25,7 @@ from seqlab.errors import (
 )
 from seqlab.infer.generate import generate
 from seqlab.infer.session import Session
+from seqlab.layers.linear_kinds import check_trains
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.registry import mixer_config, mixers, register_mixer
 from seqlab.models.export import export_hf
@@ -70,4 +71,5 @@ def build(config: "LMConfig | str | os.PathLike[str] | Any", seed: int = 0) -> L
         config = load_config(pathlib.Path(config)).model
     if not isinstance(config, LMConfig):
         raise ConfigError(f"build takes an LMConfig or the path of a config file, not {config!r}.")
+    check_trains(config.linear)
     return config.build(rngs=nnx.Rngs(seed))

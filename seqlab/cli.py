@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from seqlab.errors import SeqlabError
+from seqlab import heap
+from seqlab.errors import ConfigError, SeqlabError
 from seqlab.launch import go_on_in_a_child, several_are_meant
 
 app = typer.Typer(
@@ -81,6 +82,7 @@ def train(
         or (distributed == "auto" and several_are_meant())
     ):
         go_on_in_a_child()
+    heap.keep()
     from seqlab.parallel import processes as many
 
     with many.ending_at_once():
@@ -202,15 +204,93 @@ def tokenize(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A model's folder.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    fields: Overrides = None,
     max_length: MaxLength = None,
+    pack: Annotated[
+        Literal["ternary", "int8", "ptqtp"] | None,
+        typer.Option(help="Write a saved model with weights of few bits, for inference."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text that --pack int8 reads.")
+    ] = None,
+    squeeze: Annotated[
+        bool, typer.Option("--squeeze", help="Store five trits a byte, not four.")
+    ] = False,
 ) -> None:
     """Write a published model as a saved one, and a run or saved model as a published one.
 
-    A published model is what transformers reads and writes: config.json and safetensors.
+    A published model is what transformers reads and writes: config.json and safetensors. With
+    --pack, whatever the source, DST is a saved model; NAME=VALUE are fields of that form.
     """
-    from seqlab.models.convert import convert
+    from seqlab.models import convert
 
-    print(convert(source, target, max_length=max_length))
+    if pack is None and (fields or calibrate or squeeze):
+        raise ConfigError("Fields, --calibrate and --squeeze are for --pack: give that as well.")
+    if pack is None:
+        print(convert.convert(source, target, max_length=max_length))
+    else:
+        how = {"calibrate": calibrate, "squeeze": squeeze, "max_length": max_length}
+        print(convert.packed(source, target, pack, fields or (), **how))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run folder, a saved or a published model.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK[:PROTOCOL]] [FIELD=VALUE,...]...",
+            help="Tasks, each with its fields behind it; values joined by commas are all tried.",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str], typer.Option(help="A text file or pattern, for perplexity; repeatable.")
+    ] = [],  # noqa: B006
+    tokens: Annotated[
+        list[str], typer.Option(help="Token shards, for perplexity; repeatable.")
+    ] = [],  # noqa: B006
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Of every setting [256, or as its protocol says].")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the examples.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Examples or documents side by side.")] = 32,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Cut texts every so many tokens, as training does.")
+    ] = None,
+    read_twice: Annotated[
+        bool, typer.Option("--read-twice", help="Context and question of an example, twice.")
+    ] = False,
+    harness: Annotated[
+        list[str], typer.Option(help="A task of lm-eval-harness (the extra eval); repeatable.")
+    ] = [],  # noqa: B006
+    include: Annotated[
+        Path | None, typer.Option(help="A folder of task files of your own for --harness.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON object to this file.")] = None,
+    max_length: MaxLength = None,
+    mixer: MixerFiles = [],  # noqa: B006
+) -> None:
+    """Score a model: accuracy on tasks that tell memories apart, perplexity of texts."""
+    from seqlab.evaluate import command
+
+    _register(mixer)
+    command.run(
+        model,
+        words or [],
+        text=text,
+        tokens=tokens,
+        examples=examples,
+        seed=seed,
+        batch=batch,
+        window=window,
+        read_twice=read_twice,
+        harness=harness,
+        include=include,
+        as_json=json,
+        out=out,
+        max_length=max_length,
+    )
 
 
 @app.command()
@@ -234,6 +314,40 @@ def plan(
     jax.config.update("jax_platforms", "cpu")  # whatever is here stays free
     _register(mixer)
     raise typer.Exit(0 if plan(load(config, overrides), topology, strategy, json) else 1)
+
+
+@app.command()
+def compare(
+    task: Annotated[str, typer.Argument(help="Such as mqar.")],
+    mixers: Annotated[str, typer.Option(help="'a,b(heads=2),c(d_state=8)', or all.")],
+    protocol: Annotated[str, typer.Option(help="Of the task: ci, or a published one.")] = "ci",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="'600 steps', '2M tokens' or '90s'; the protocol's by default."),
+    ] = None,
+    lr: Annotated[str | None, typer.Option(help="1e-3,1e-2: the best one counts.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs at each rate; means count.")] = 1,
+    width: Annotated[str | None, typer.Option(help="64,128: each mixer at each.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder; runs/ and the task's name by default.")
+    ] = None,
+    mixer: MixerFiles = [],  # noqa: B006
+) -> None:
+    """Train mixers on a task under one protocol; leaves a page of accuracy by state and length."""
+    from seqlab.compare.command import compare
+
+    _register(mixer)
+    folder = out or Path("runs") / f"compare_{task}"
+    compare(
+        task,
+        mixers,
+        out=folder,
+        protocol_name=protocol,
+        budget=budget,
+        lr=lr,
+        seeds=seeds,
+        width=width,
+    )
 
 
 @app.command()

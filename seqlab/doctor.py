@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from seqlab import kernels
-from seqlab.kernels import attention
+from seqlab.kernels import attention, ternary_matmul
 from seqlab.kernels.recurrence import RECURRENCES
 
 PACKAGES = ("seqlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore")
@@ -40,6 +40,8 @@ def implementations() -> Table:
         by = "transition" if recurrence.transition else "relay"
         here = recurrence.implementation_on(backend)
         rows.add_row(name, here, ", ".join(recurrence.implementations), by)
+    here = "pallas_tpu" if backend == "tpu" else "xla"
+    rows.add_row("ternary_matmul", here, ", ".join(ternary_matmul.IMPLEMENTATIONS), "XLA")
     rows.add_row("attention", "xla", ", ".join(attention.IMPLEMENTATIONS), "XLA")
     return rows
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError, ModelError
-from seqlab.kernels.attention import EMPTY, attention, definition
+from seqlab.kernels.attention import EMPTY, attention, attention_with_lse, definition
 from seqlab.kernels.attention.visible import visible, visible_blocks
 from seqlab.kernels.attention.xla import blockwise
 from seqlab.layers import norm as norms
@@ -98,6 +98,29 @@ def test_narrow_operands_keep_their_dtype_and_accumulate_in_float32(dtype):
     assert y.dtype == dtype and lse.dtype == jnp.float32
     assert_close(y, y_)
     assert_close(gradients, gradients_, GRADIENT)
+
+
+@pytest.mark.parametrize(("H", "G", "window", "sinks"), [(4, 2, None, 0), (3, 3, 40, 3)])
+def test_one_query_over_what_a_state_holds_and_its_own_key_equals_the_definition(
+    H, G, window, sinks
+):
+    with jax.enable_x64(True):
+        (q, k, v), (q_position, q_document, *k_at) = tokens(1, 53, H, G)
+        q_document[0] = 1  # the other row's query sees nothing
+
+        def split(q, k, v, q_position, q_document, *k_at, **options):
+            past = tuple(a[:, :52] for a in (k, v, *k_at))
+            k, v, *k_at = (a[:, 52:] for a in (k, v, *k_at))
+            return attention_with_lse(q, k, v, q_position, q_document, *k_at, past=past, **options)
+
+        def run(implementation):
+            options = {"window": window, "sinks": sinks, "implementation": implementation}
+            return with_gradients(split, [q, k, v], [q_position, q_document, *k_at], options)
+
+        (ours, gradients), (expected, expected_gradients) = run("xla"), run("reference")
+        assert_close(ours, expected)
+        assert_close(gradients, expected_gradients, GRADIENT)
+        assert np.abs(expected[0][0]).min() > 0 and (ours[0][1] == 0).all()
 
 
 @pytest.mark.parametrize("run", [definition, functools.partial(blockwise, block=BLOCKS)])

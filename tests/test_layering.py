@@ -13,7 +13,7 @@ FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.
 
 #: A file imports its own floor and lower ones; two names on one floor do not know each other.
 FLOORS = (
-    ("errors", "launch"),
+    ("errors", "heap", "launch"),
     ("settings",),
     ("tasks",),
     ("parallel",),

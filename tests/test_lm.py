@@ -17,7 +17,7 @@ from seqlab.layers import ffn, norm
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.mixers import attention, gla, mamba2
 from seqlab.models import block as blocks
-from seqlab.models import lm
+from seqlab.models import depth, lm
 from seqlab.models.block import Block, Join
 from seqlab.models.parameters import axes, bind, decays, parameters
 from seqlab.models.summary import parameter_count, state_bytes, table
@@ -287,6 +287,26 @@ def test_blocks_before_and_after_the_pattern_and_bent_logits_survive_json():
         "mamba2 + ffn",
     ]
     assert sum(row["parameters"] for row in table(model)) == parameter_count(model)
+
+
+def test_periods_laid_one_by_one_are_the_same_model():
+    edge = mamba2.Config()
+    config = dataclasses.replace(
+        CONFIG, pattern=PATTERN[:2], repeats=3, before=(edge,), after=(edge,)
+    )
+    model, tokens = build(config), jnp.arange(10).reshape(2, 5)
+
+    @jax.jit
+    def one_by_one(model, tokens, state):
+        flat, state = depth.unstacked(model, state)
+        logits, state = flat(tokens, state)
+        return logits, depth.stacked(model, state)
+
+    _, state = run(model, tokens)
+    expected = run(model, tokens, state)
+    got = one_by_one(model, tokens, state)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    assert_close(got, expected, GRADIENT)
 
 
 def test_a_block_without_layers_is_refused():

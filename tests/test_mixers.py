@@ -62,6 +62,7 @@ VARIANTS = {
     "mamba": [{"norm": "weighted", "bias": True, "conv_bias": False, "dt_rank": 3}],
     "min_gru": [{"expand": 2.0, "positive": False}],
     "ttt": [{"depth": 2, "conv_width": 0, "rope_base": None}],
+    "mlgru": [{"output": "paper", "layer": 0}],
     "s5": [{"blocks": 2, "activation": "half_glu2", "clip_eigenvalues": True}],
 }
 CASES = [(name, {}) for name in own_mixers()]
@@ -127,7 +128,9 @@ def test_mixer_has_the_property(case, prove):
         ("aaren", "heads"),
         ("min_gru", "expand"),
         ("min_lstm", "expand"),
+        ("mlgru", "layer layers norm_eps"),
         ("gated_conv", "conv_width"),
+        ("base_conv", "conv_width"),
         ("rwkv4", "width layer layers"),
         ("rwkv4_channel_mix", "width layer layers"),
         ("lstm", "heads"),

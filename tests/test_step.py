@@ -41,6 +41,11 @@ def test_only_matrices_decay():
         ({"schedule": "wsd", "decay": 0.2, "final": 0}, {4: 0.5, 80: 1, 90: 0.5, 99: 0.05, 100: 0}),
         ({"schedule": "wsd", "decay": 1.0, "final": 0.5, "warmup": 0}, {0: 1, 50: 0.75}),
         ({"schedule": "cosine", "warmup": 500}, {0: 0.002, 99: 0.2}),
+        (
+            {"schedule": "cosine", "final": 0, "warmup": 0, "second_half": 0.5},
+            {0: 1, 25: 0.853553, 49: 0.515707, 50: 0.25, 75: 0.073223, 100: 0},
+        ),
+        ({"schedule": "constant", "warmup": 0, "second_half": 0.5}, {49: 1, 50: 0.5, 99: 0.5}),
     ],
 )
 def test_schedules_at_their_corners(fields, expected):
@@ -51,7 +56,18 @@ def test_schedules_at_their_corners(fields, expected):
     np.testing.assert_array_equal(everywhere, [np.asarray(rate(jnp.int32(i))) for i in range(100)])
 
 
-@pytest.mark.parametrize("name", ["lr", "clip", "eps"])
+def test_weight_decay_can_end_midway():
+    fields = {"weight_decay": 0.5, "warmup": 0, "schedule": "constant", "lr": 0.1}
+    optimizer = Optimizer(**fields, second_half_decay=0.0).build(4, {"w": True})
+    params = {"w": jnp.full((2, 2), 3.0)}
+    zero, state, taken = jax.tree.map(jnp.zeros_like, params), optimizer.init(params), []
+    for _ in range(4):
+        updates, state = optimizer.update(zero, state, params)
+        taken.append(float(updates["w"][0, 0]))
+    np.testing.assert_allclose(taken, [-0.15, -0.15, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lr", "clip", "eps", "second_half"])
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan")])
 def test_an_optimizer_that_cannot_work_is_refused(name, wrong):
     with pytest.raises(ConfigError, match=f"optimizer.{name} is {wrong}"):

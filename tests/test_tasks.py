@@ -1,4 +1,4 @@
-"""Every task asks what its definition says: answers are worked out again, one token at a time."""
+"""What all tasks have in common: their examples, seeds, protocols, names and mistakes."""
 
 import dataclasses
 
@@ -10,13 +10,6 @@ from seqlab.errors import ConfigError
 from seqlab.tasks import IGNORE, accuracy, protocol, protocols, task_config, tasks
 
 ALL = pytest.mark.parametrize("name", tasks())
-
-
-def rows(name, count=64, seed=3, **fields):
-    """Examples of a task as lists of ints, one pair (inputs, {position: label}) a row."""
-    inputs, labels = task_config(name, **fields).examples(count, seed)
-    asked = [{t: row[t] for t in np.flatnonzero(row != IGNORE).tolist()} for row in labels]
-    return list(zip(inputs.tolist(), asked, strict=True))
 
 
 @ALL
@@ -85,33 +78,39 @@ def test_accuracy_is_a_mean_over_examples_of_what_each_asks():
         (lambda: protocol("mqar").training(-1), "The seed -1 is not between 0 and"),
         (lambda: task_config("mqar", pairs=17), "17 pairs and their queries need length >= 68"),
         (lambda: task_config("mqar", vocab=16), "8 pairs need vocab >= 18, not 16"),
+        (lambda: task_config("mqar_forgetting", updates=9), "updates=9 is more than there are"),
+        (lambda: task_config("mqar_forgetting", pairs=15), "need length >= 68, not 64"),
+        (lambda: task_config("mqar_compositional", pairs=8), "pairs=8 is not a square, such as 4"),
+        (lambda: task_config("mqar_compositional", vocab=24), "9 pairs need vocab >= 27, not 24"),
+        (lambda: task_config("selective_copying", tokens=33), "need length >= 66, not 64"),
+        (lambda: task_config("mad_selective_copying", tokens=32), "need length >= 65, not 64"),
+        (lambda: task_config("induction_heads", length=2), "length = 2 is wrong"),
+        (lambda: task_config("copy", longest=31), "strings of 31 letters need length >= 65"),
+        (lambda: task_config("copy", shortest=21), "shortest=21 is above longest=20"),
+        (
+            lambda: task_config("ngram_lookup", shortest=3),
+            "is not between 4, a gram and",
+        ),
+        (lambda: task_config("ngram_lookup", letters=2), "2 letters make too few grams of 3"),
+        (lambda: task_config("phonebook", entries=2), "entries = 2 is wrong"),
+        (lambda: task_config("group_words", group="Q8"), "There is no group 'Q8': write Z60"),
+        (lambda: task_config("group_words", group="S7"), "S7 has more than 1024 elements"),
+        (lambda: task_config("group_words", group="S5xS5"), "14400 elements has more than 1024"),
+        (lambda: task_config("group_words", group="Z60", moved=2), "no element of Z60 moves"),
+        (lambda: task_config("group_words", spread=5), "length=32 is not divisible by spread=5"),
+        (lambda: task_config("parity", shortest=25), "shortest=25 is above length=24"),
+        (lambda: task_config("modular_arithmetic", length=3), "one of 2, 4, 6, ..."),
+        (lambda: task_config("needle", values=32), "need length >= 67, not 64"),
+        (lambda: task_config("needle", depth=2), "depth = 2 is wrong"),
+        (lambda: task_config("set_disjointness", vocab=23), "need vocab >= 24, not 23"),
+        (lambda: task_config("mad_noisy_recall", vocab=17), "need vocab >= 18, not 17"),
+        (lambda: task_config("mad_fuzzy_recall", motif=8), "need vocab >= 17, not 16"),
+        (lambda: task_config("mad_fuzzy_recall", length=11), "need length >= 12, not 11"),
+        (lambda: task_config("repeat_previous", back=22), "need length > 66, not 64"),
+        (lambda: task_config("repeat_first", again=64), "again=64 is not below length=64"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(ask, sentence):
     with pytest.raises(ConfigError) as error:
         ask()
     assert sentence in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("filled", [False, True])
-@pytest.mark.parametrize("passes", [1, 2])
-def test_mqar_asks_every_key_once_for_the_value_beside_it(filled, passes):
-    sizes = {"vocab": 64, "length": 48, "pairs": 6}
-    for tokens, asked in rows("mqar", **sizes, passes=passes, random_non_queries=filled):
-        context = tokens[: 12 * passes]
-        assert context == context[:12] * passes
-        value = dict(zip(context[0:12:2], context[1:12:2], strict=True))
-        assert len(value) == len(set(value.values())) == 6
-        assert set(value) <= set(range(1, 32)) and set(value.values()) <= set(range(32, 64))
-        assert sorted(tokens[t] for t in asked) == sorted(value)
-        assert all(label == value[tokens[t]] and t % 2 == 0 for t, label in asked.items())
-        rest = [x for t, x in enumerate(tokens[12 * passes :], 12 * passes) if t not in asked]
-        assert any(rest) == filled
-
-
-def test_queries_of_mqar_come_soon_as_its_power_law_says():
-    """The first of n draws without replacement falls on slot g with p ~ (g + 1)^(power - 1)."""
-    _, labels = task_config("mqar", length=64, pairs=1, power=0.01).examples(20_000, 0)
-    slots = (np.argmax(labels != IGNORE, axis=1) - 2) // 2
-    p = np.arange(1, 32) ** (0.01 - 1)
-    np.testing.assert_allclose(np.bincount(slots, minlength=31) / 20_000, p / p.sum(), atol=0.012)

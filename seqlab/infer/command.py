@@ -15,7 +15,6 @@ from seqlab.infer.sample import Sampling
 from seqlab.infer.session import Block, Session
 from seqlab.infer.terminal import Terminal
 from seqlab.models import store
-from seqlab.models.lm import LM
 from seqlab.models.published_tokenizer import PublishedTokenizer
 from seqlab.models.tokenizer import ByteTokenizer, Tokenizer
 
@@ -61,7 +60,8 @@ def generate(
     sampling = settings.read(Sampling, choices, where="generate")
     _check(prompt, prompt_file, steps, batch, stop, save_state, state)
     _check_chat(chat, system, state)
-    lm, tokenizer = _load(model, max_length)
+    lm = store.load(model, max_length=max_length)
+    tokenizer = store.load_tokenizer(model, lm)
     session = Session(lm) if state is None else Session.load(lm, state)
     given = prompt, prompt_file, tokenizer
     ids = _conversation(*given, system) if chat else _ids(*given, marked=state is None)
@@ -188,16 +188,6 @@ def _check_chat(chat: bool, system: str | None, state: pathlib.Path | None) -> N
         raise ConfigError("--system is a message of a conversation: give --chat too.")
     if chat and state is not None:
         raise ConfigError("--chat begins a conversation, and --state goes on: give one of them.")
-
-
-def _load(path: pathlib.Path, max_length: int | None) -> tuple[LM, Tokenizer]:
-    model, tokenizer = store.load(path, max_length=max_length), store.load_tokenizer(path)
-    if tokenizer.vocab > model.config.vocab:
-        raise ModelError(
-            f"The tokenizer of {path} has {tokenizer.vocab} ids but its model's vocabulary is "
-            f"{model.config.vocab}: use the tokenizer that the model was trained with."
-        )
-    return model, tokenizer
 
 
 def _feed(session: Session, ids, state: pathlib.Path | None) -> int:

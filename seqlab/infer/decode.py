@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqlab.infer.sample import draw
+from seqlab.models import depth
 from seqlab.models.parameters import bind
 
 Structure = Any  # jax.tree.structure(model): what a program is compiled for, beside shapes
@@ -77,30 +78,40 @@ def decode(
     stop token counts). The token at position p is drawn with fold_in(key, p), p counted from the
     start of the row, so where blocks begin and end cannot be seen in the tokens.
     """
-    model = _model(structure, params)
-    B = limits.shape[0]
+    model, (state, logits) = _model(structure, params), carry
+    stacked, flat = model, jax.default_backend() == "cpu"
+    if flat:
+        model, state = depth.unstacked(model, state)
+    carry, B = Carry(state, logits), limits.shape[0]
 
     def more(loop):
         i, _, steps = loop
-        return (i < block) & jnp.any((i < limits) & (steps.finish == RUNNING))
+        return (i < block) & jnp.any(running(i, steps.finish))
+
+    def running(i, finish):
+        return (i < limits) & (finish == RUNNING)
+
+    def stopped(i, finish, logits):
+        sound = jnp.isfinite(logits.max(-1))  # max is NaN if any logit is
+        return jnp.where(running(i, finish) & ~sound, NOT_FINITE, finish)
 
     def step(loop):
         i, carry, (tokens, counts, finish) = loop
-        running = (i < limits) & (finish == RUNNING)
-        sound = jnp.isfinite(carry.logits.max(-1))  # max is NaN if any logit is
-        active = running & sound
+        active = running(i, finish)
         token = draw(
             carry.logits, jax.vmap(jax.random.fold_in)(keys, positions + i), numbers, top_k
         )
         token = jnp.where(active, token, 0)
+        carry = _advance(model, carry, token, active)
         finish = jnp.where(active & jnp.isin(token, stop), STOPPED, finish)
-        finish = jnp.where(running & ~sound, NOT_FINITE, finish)
-        steps = Steps(tokens.at[:, i].set(token), counts + active, finish)
-        return i + 1, _advance(model, carry, token, active), steps
+        finish = stopped(i + 1, finish, carry.logits)
+        return i + 1, carry, Steps(tokens.at[:, i].set(token), counts + active, finish)
 
+    finish = stopped(0, finish, logits)
     nothing = Steps(jnp.zeros((B, block), jnp.int32), jnp.zeros(B, jnp.int32), finish)
     _, carry, steps = lax.while_loop(more, step, (jnp.int32(0), carry, nothing))
-    return carry, steps
+    state = depth.stacked(stacked, carry.state) if flat else carry.state
+    return Carry(state, carry.logits), steps
 
 
 def _model(structure: Structure, params) -> Any:
@@ -108,11 +119,17 @@ def _model(structure: Structure, params) -> Any:
 
 
 def _advance(model, carry: Carry, token, active) -> Carry:
-    """One token [B] more for the active rows; the others stay as they are, bit for bit."""
+    """One token [B] more for the active rows; the others stay as they are, bit for bit.
+
+    One of them is active, or nobody would call: a single row is, and needs no second look.
+    """
     x, state = model.hidden(token[:, None], carry.state)
+    logits = model.logits(x[:, -1])
+    if len(token) == 1:
+        return Carry(state, logits)
 
     def rows(new, old):  # the batch is axis 1 of a state's leaves
         return jnp.where(active.reshape(1, -1, *(1,) * (new.ndim - 2)), new, old)
 
-    logits = jnp.where(active[:, None], model.logits(x[:, -1]), carry.logits)
-    return Carry(jax.tree.map(rows, state, carry.state), logits)
+    state = jax.tree.map(rows, state, carry.state)
+    return Carry(state, jnp.where(active[:, None], logits, carry.logits))

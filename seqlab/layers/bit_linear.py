@@ -2,7 +2,7 @@
 with a norm of its own as in the MatMul-free LM (Zhu et al., 2024)."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,12 @@ class Config:
     """`norm` gives each map an RMSNorm of what it reads, as in the MatMul-free LM; BitNet has none.
     `head` is whether an untied head is such a map too."""
 
+    trained_as: ClassVar[str | None] = None
     norm: bool = True
     eps: PositiveFinite = 1e-8
     head: bool = True
 
-    def replace(self, linear: Linear) -> "BitLinear":
+    def replace(self, linear: Linear, path: str) -> "BitLinear":
         return BitLinear(self, linear)
 
 

@@ -8,6 +8,8 @@ from flax import nnx
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
+from seqlab.errors import ConfigError
+from seqlab.layers import norm as norms
 from seqlab.layers.linear import Linear
 from seqlab.settings import STRICT, PositiveFinite
 
@@ -26,7 +28,12 @@ class Config:
     """The inner width is `width`, or else `ratio` times the model's, rounded up to `multiple_of`.
 
     "silu" and gated is SwiGLU, "gelu_tanh" and gated GeGLU. `gate_gain` and `gain` multiply what
-    enters the activation and what leaves the layer (muP; Falcon-H1).
+    enters the activation and what leaves the layer (muP; Falcon-H1). `norm` norms what enters the
+    last map (BitNet). With `joined`, up is one map to [gate, up], so that where maps are rounded,
+    one scale rounds both (the MatMul-free LM).
+
+    Weights start normal with standard deviation `std`, those of the last map with `down_std`; None
+    is one over the square root of their inputs.
     """
 
     ratio: PositiveFinite = 8 / 3
@@ -37,6 +44,14 @@ class Config:
     bias: bool = False
     gate_gain: float = 1.0
     gain: float = 1.0
+    norm: norms.Config | None = None
+    joined: bool = False
+    std: PositiveFinite | None = None
+    down_std: PositiveFinite | None = None
+
+    def __post_init__(self):
+        if self.joined and not self.gated:
+            raise ConfigError("ffn: joined = true joins a gate to the map beside it: set gated.")
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "FFN":
         return FFN(self, d_model, rngs=rngs)
@@ -51,18 +66,29 @@ class FFN(nnx.Module):
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         c = self.config = config
         inner = c.inner(d_model)
-        linear = lambda d_in, d_out, *axes: Linear(d_in, d_out, axes, bias=c.bias, rngs=rngs)
-        self.gate = linear(d_model, inner, "embed", "ffn") if c.gated else None
-        self.up = linear(d_model, inner, "embed", "ffn")
-        self.down = linear(inner, d_model, "ffn", "embed")
+        linear = lambda d_in, d_out, axes, std: Linear(
+            d_in, d_out, axes, bias=c.bias, std=std, rngs=rngs
+        )
+        into = lambda d_out: linear(d_model, d_out, ("embed", "ffn"), c.std)
+        self.gate = into(inner) if c.gated and not c.joined else None
+        self.up = into(2 * inner if c.joined else inner)
+        self.norm = c.norm.build(inner) if c.norm else None
+        self.down = linear(inner, d_model, ("ffn", "embed"), c.down_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act, c, up = ACTIVATIONS[self.config.activation], self.config, self.up(x)
-        if self.gate is None:
-            h = act(_times(up, c.gate_gain))
-        else:
-            h = act(_times(self.gate(x), c.gate_gain)) * up
+        c, (gate, up) = self.config, self._gate_and_up(x)
+        h = ACTIVATIONS[c.activation](_times(gate, c.gate_gain))
+        h = h if up is None else h * up
+        h = h if self.norm is None else self.norm(h)
         return _times(self.down(h), c.gain)
+
+    def _gate_and_up(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """What passes the activation, and what it multiplies."""
+        up = self.up(x)
+        if self.config.joined:
+            gate, up = jnp.split(up, 2, -1)
+            return gate, up
+        return (up, None) if self.gate is None else (self.gate(x), up)
 
 
 def _times(x: jax.Array, gain: float) -> jax.Array:

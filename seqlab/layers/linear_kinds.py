@@ -4,13 +4,15 @@ A layer is written with `Linear`, whatever a model makes of it: when the model i
 `Linear` within that is a projection is replaced by the kind that its config names. So a new kind
 serves every layer there is, and a new layer every kind.
 
-A kind's Config has `replace(linear)`, which returns the module that stands in its place, and
-`head`: whether a model's untied head is replaced as well.
+A kind's Config has `replace(linear, path)`, which returns the module that stands in the place of
+the one at a path such as "0.ffn.down", and `head`: whether a model's untied head is replaced as
+well. Kinds that do not train, but are packed from others, have the others' name as `trained_as` (it
+is None for those that train), and `quantized(weight, path)`, which makes their arrays.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from flax import nnx
 from pydantic import PlainSerializer, PlainValidator
@@ -18,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from seqlab import settings
 from seqlab.errors import ConfigError, nearest
-from seqlab.layers import bit_linear
+from seqlab.layers import bit_linear, int8_linear, ptqtp_linear, ternary_linear
 from seqlab.layers.linear import Linear
 from seqlab.settings import STRICT
 
@@ -29,13 +31,37 @@ NARROW = 16  # a side so many times shorter than the other makes a map a gate, n
 class Dense:
     """Linear maps as they are."""
 
+    trained_as: ClassVar[None] = None
     head: bool = False
 
-    def replace(self, linear: Linear) -> nnx.Module:
+    def replace(self, linear: Linear, path: str) -> nnx.Module:
         return linear
 
 
-KINDS = {"dense": Dense, "bit": bit_linear.Config}
+KINDS = {
+    "dense": Dense,
+    "bit": bit_linear.Config,
+    "ternary": ternary_linear.Config,
+    "int8": int8_linear.Config,
+    "ptqtp": ptqtp_linear.Config,
+}
+
+
+def kind(config: Any) -> str:
+    """The name of a kind's Config in KINDS."""
+    for name, config_class in KINDS.items():
+        if type(config) is config_class:
+            return name
+    raise ConfigError(f"{config!r} is of no kind known here: use one of {', '.join(KINDS)}.")
+
+
+def check_trains(config: Any) -> None:
+    """Raises ConfigError for a kind that is packed for inference."""
+    if config.trained_as is not None:
+        raise ConfigError(
+            f"Weights packed as linear={kind(config)!r} cannot be trained: train with "
+            f"linear={config.trained_as!r}, and pack the result (seqlab convert --pack)."
+        )
 
 
 def is_projection(module: nnx.Module) -> bool:
@@ -54,16 +80,17 @@ def is_projection(module: nnx.Module) -> bool:
 def replace(
     module: nnx.Module,
     where: Callable[[nnx.Module], bool],
-    make: Callable[[Any], nnx.Module],
+    make: Callable[[Any, str], nnx.Module],
 ) -> None:
-    """Put `make(part)` in the place of every part of a module that `where` accepts."""
+    """Put `make(part, path)` in the place of every part of a module that `where` accepts."""
     found = [(path, part) for path, part in nnx.iter_modules(module) if path and where(part)]
     for path, part in found:
         parent: Any = functools.reduce(_inner, path[:-1], module)
+        made = make(part, ".".join(map(str, path)))
         if isinstance(path[-1], int):
-            parent[path[-1]] = make(part)
+            parent[path[-1]] = made
         else:
-            setattr(parent, str(path[-1]), make(part))
+            setattr(parent, str(path[-1]), made)
 
 
 def _inner(module: Any, name: Any) -> Any:
@@ -78,17 +105,14 @@ def _from_plain(value: Any) -> Any:
             raise ValueError(f"{value!r} is no kind of linear map: use a name, such as 'bit'")
         return value
     fields = {str(name): field for name, field in value.items()}
-    kind = fields.pop("kind", None)
-    if kind not in KINDS:
-        raise ConfigError(f"There is no linear {kind!r}: {nearest(str(kind), KINDS)}")
-    return settings.read(KINDS[kind], fields, where="linear")
+    name = fields.pop("kind", None)
+    if name not in KINDS:
+        raise ConfigError(f"There is no linear {name!r}: {nearest(str(name), KINDS)}")
+    return settings.read(KINDS[name], fields, where="linear")
 
 
 def _to_plain(config: Any) -> dict:
-    for kind, config_class in KINDS.items():
-        if type(config) is config_class:
-            return {"kind": kind, **settings.plain(config)}
-    raise ConfigError(f"{config!r} is of no kind known here: use one of {', '.join(KINDS)}.")
+    return {"kind": kind(config), **settings.plain(config)}
 
 
 #: A kind of linear map as a field: its name, or `{"kind": name, ...its fields}` as in JSON.

@@ -65,7 +65,9 @@ class Ring(NamedTuple):
             # a token keeps its slot while held, so what is not new already lies where it should
             over = (..., *(None,) * (old.ndim - 2))
             at = (new.shape[1] - (position[:, None] - held))[over]
-            new = jnp.take_along_axis(new, at.clip(0), 1, mode="clip").astype(old.dtype)
+            if new.shape[1] > 1:
+                new = jnp.take_along_axis(new, at.clip(0), 1, mode="clip")
+            new = new.astype(old.dtype)
             return jnp.where(held[over] < 0, 0, jnp.where(at < 0, old, new))
 
         return jax.tree.map(update, old, new)

@@ -20,7 +20,7 @@ import safetensors.flax
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ModelError
-from seqlab.models import artifacts, lm, pretrained, published_tokenizer
+from seqlab.models import artifacts, lm, pretrained, published_tokenizer, trits
 from seqlab.models import tokenizer as tokenizers
 from seqlab.models.arrays import read_arrays, read_contents, steps
 from seqlab.models.artifacts import MANIFEST
@@ -35,12 +35,17 @@ PARAMS = "params/"  # what the names of the weights begin with in a checkpoint
 
 
 def save(
-    model: lm.LM, path: str | os.PathLike, *, tokenizer: str | os.PathLike | None = "bytes"
+    model: lm.LM,
+    path: str | os.PathLike,
+    *,
+    tokenizer: str | os.PathLike | None = "bytes",
+    squeeze: bool = False,
 ) -> pathlib.Path:
     """Write a model as a folder, whole or not at all; replaces a saved model that is there.
 
     tokenizer: "bytes", or the path of a tokenizer.json, or of a folder with one; it is copied, and
     what a published folder has beside it (its chat template among others) too. None is none.
+    squeeze: store the weights of a packed model at 1.6 bits where they are trits, not at two.
     Raises ModelError where the path holds anything else or cannot be written.
     """
     path = pathlib.Path(path).resolve()
@@ -49,7 +54,8 @@ def save(
     aside = path.with_name(f".{path.name}.saving-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
-        _write(aside, model, tokenizer)
+        params = parameters(model)
+        _write(aside, model, trits.squeezed(params) if squeeze else params, tokenizer)
         artifacts.publish(aside, path)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -99,18 +105,35 @@ def load(
     return bind(skeleton, _weights(path / WEIGHTS, parameters(skeleton)))
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike, model: lm.LM | None = None) -> Tokenizer:
     """The tokenizer that a saved model or a run was trained with, or of a published folder.
 
-    Raises ModelError where there is none, or it cannot be read.
+    Raises ModelError where there is none, it cannot be read, or it has ids that `model` lacks.
     """
     path = pathlib.Path(path)
+    tokenizer = _tokenizer(path)
+    if model is not None and tokenizer.vocab > model.config.vocab:
+        raise ModelError(
+            f"The tokenizer of {path} has {tokenizer.vocab} ids but its model's vocabulary is "
+            f"{model.config.vocab}: use the tokenizer that the model was trained with."
+        )
+    return tokenizer
+
+
+def _tokenizer(path: pathlib.Path) -> Tokenizer:
     if pretrained.is_published(path) or (path / SETTINGS).is_file():
         return PublishedTokenizer(path)
-    spec, own = _fields(path).get("tokenizer", "bytes"), path / TOKENIZER
+    spec = tokenizer_of(path)
     if spec is None:
         raise ModelError(f"{path} was saved without a tokenizer: save it again with one.")
-    return tokenizers.load_tokenizer(str(own) if own.is_file() else str(spec))
+    return tokenizers.load_tokenizer(str(path / TOKENIZER if spec == path else spec))
+
+
+def tokenizer_of(path: pathlib.Path) -> str | pathlib.Path | None:
+    """What `save` takes as the tokenizer of a model in a folder: the folder, if it has its own."""
+    if (path / TOKENIZER).is_file():
+        return path
+    return None if pretrained.is_published(path) else _fields(path).get("tokenizer", "bytes")
 
 
 def fingerprint(model: lm.LM) -> str:
@@ -158,7 +181,12 @@ def _replaceable(path: pathlib.Path) -> bool:
     return not names or WEIGHTS in names <= {"config.json", WEIGHTS, MANIFEST, *TOKENIZER_FILES}
 
 
-def _write(folder: pathlib.Path, model: lm.LM, tokenizer: str | os.PathLike | None) -> None:
+def _write(
+    folder: pathlib.Path,
+    model: lm.LM,
+    params: Mapping[str, jax.Array],
+    tokenizer: str | os.PathLike | None,
+) -> None:
     if tokenizer is not None and tokenizer != "bytes":
         source = pathlib.Path(tokenizer)
         file = source / TOKENIZER if source.is_dir() else source
@@ -169,7 +197,7 @@ def _write(folder: pathlib.Path, model: lm.LM, tokenizer: str | os.PathLike | No
         tokenizer = TOKENIZER
     config = {"format": FORMAT, "model": settings.plain(model.config), "tokenizer": tokenizer}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-    safetensors.flax.save_file(parameters(model), folder / WEIGHTS, {"format": "seqlab"})
+    safetensors.flax.save_file(dict(params), folder / WEIGHTS, {"format": "seqlab"})
 
 
 def _newest(folder: pathlib.Path, on_warning: Callable[[str], object]) -> pathlib.Path:
@@ -213,7 +241,7 @@ def _read_step(step: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, j
 def _weights(path: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The arrays of a file as they are stored, float32 or narrower; `bind` compares the names."""
     try:
-        arrays = safetensors.flax.load_file(path)
+        arrays = trits.restored(safetensors.flax.load_file(path), like, path)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is not readable ({error}): restore the file.") from None
     for name in sorted(arrays.keys() & like.keys()):

@@ -13,8 +13,8 @@ def parameter_count(model: nnx.Module | None) -> int:
 
 
 def state_bytes(model: LM) -> int:
-    """Bytes of state for one sequence, whatever its length."""
-    return _bytes(jax.eval_shape(lambda: model.init_state(1)))
+    """Bytes of state for one sequence, whatever its length; the model may be abstract."""
+    return _bytes(jax.eval_shape(lambda model: model.init_state(1), model))
 
 
 def table(model: LM) -> list[dict]:

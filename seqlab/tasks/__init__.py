@@ -15,6 +15,7 @@ from seqlab.tasks.contract import (
     Protocol,
     Task,
     accuracy,
+    read_twice,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "accuracy",
     "protocol",
     "protocols",
+    "read_twice",
     "task_config",
     "tasks",
 ]

@@ -81,9 +81,12 @@ class Protocol:
 
     def testing(self, seed: int = 0) -> list[tuple[str, Examples]]:
         """What is tested, with the label of each setting."""
-        base = TEST_SEEDS + _first_seed(seed)
-        settings = enumerate(self.test)
-        return [(label, task.examples(count, base + i)) for i, (label, task, count) in settings]
+        base, tests = self.test_seed(seed), enumerate(self.test)
+        return [(label, task.examples(count, base + i)) for i, (label, task, count) in tests]
+
+    def test_seed(self, seed: int = 0) -> int:
+        """The seed of the first test; those of the others follow it."""
+        return TEST_SEEDS + _first_seed(seed)
 
     def _configs(self) -> Iterator[Any]:
         yield from (task for task, _ in self.train)
@@ -109,6 +112,19 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> Accuracy:
     if not len(of):
         raise ConfigError("No example asks anything: there is no accuracy to take.")
     return Accuracy(float(np.mean(met / of)), float(np.mean(met == of)))
+
+
+def read_twice(examples: Examples) -> Examples:
+    """Context and question, then both again (Arora et al., Just Read Twice, 2024).
+
+    The first reading stops where the first answer of any example is due, so it gives none away.
+    """
+    asked = (examples.labels != IGNORE).any(0)
+    first = examples.inputs[:, : int(asked.argmax()) + 1]
+    return Examples(
+        np.concatenate([first, examples.inputs], 1),
+        np.concatenate([np.full_like(first, IGNORE), examples.labels], 1),
+    )
 
 
 def _first_seed(seed: int) -> int:

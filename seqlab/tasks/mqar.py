@@ -1,5 +1,8 @@
 """Multi-query associative recall (Arora et al., Zoology, 2023): pairs, then keys asked at once."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
@@ -47,19 +50,30 @@ class Config:
         start = 2 * n * self.passes
         inputs[:, :start] = np.tile(context, self.passes)
         labels = np.full_like(inputs, IGNORE)
-        ask(rng, inputs, labels, keys, values, start, self.power)
+        ask(rng, inputs, labels, keys[..., None], values, start, self.power)
         if self.random_non_queries:
             fill(rng, inputs, self.vocab)
         return Examples(inputs, labels)
 
 
-def ask(rng, inputs, labels, keys, values, start: int, power: float) -> None:
-    """Write all keys into slots of two positions from `start` on, and their values as labels."""
-    slots = (inputs.shape[1] - start) // 2
+def ask(
+    rng: np.random.Generator,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    start: int,
+    power: float,
+) -> None:
+    """Write keys [n, pairs, W] into slots of W + 1 positions from `start` on; the label at the
+    last token of each is its value."""
+    _, pairs, W = keys.shape
+    slots = (inputs.shape[1] - start) // (W + 1)
     weights = np.arange(1, slots + 1) ** (power - 1)
-    at = start + 2 * weighted(rng, len(inputs), keys.shape[1], weights)
-    np.put_along_axis(inputs, at, keys.astype(inputs.dtype), 1)
-    np.put_along_axis(labels, at, values.astype(labels.dtype), 1)
+    at = start + (W + 1) * weighted(rng, len(inputs), pairs, weights)
+    for j in range(W):
+        np.put_along_axis(inputs, at + j, keys[..., j].astype(inputs.dtype), 1)
+    np.put_along_axis(labels, at + W - 1, values.astype(labels.dtype), 1)
 
 
 def fill(rng: np.random.Generator, inputs: np.ndarray, vocab: int) -> None:
@@ -98,15 +112,37 @@ def _recall() -> Protocol:
     )
 
 
-PROTOCOLS = {
-    "ci": Protocol(
-        train=((Config(), 8192),),
-        test=(("64/8", Config(), 512), ("128/16", Config(length=128, pairs=16), 256)),
+def sweep(config: Callable[..., Any]) -> Protocol:
+    """How the variants of this task are swept, `config(length=, pairs=)` being one of theirs."""
+    learnt = ((64, 4), (128, 9), (256, 16), (256, 25), (256, 36))
+    asked = (*learnt, (512, 64), (1024, 121), (2048, 256))
+    make = lambda length, pairs: config(vocab=8192, length=length, pairs=pairs)
+    return Protocol(
+        train=tuple((make(*size), 20_000) for size in learnt),
+        test=tuple((f"{size[0]}/{size[1]}", make(*size), 1_000) for size in asked),
+        steps=32 * len(learnt) * -(-20_000 // 256),
+        batch=256,
+        lr=_between(-3, -1.5),
+        widths=(64, 128, 256),
+        conv_first=True,
+    )
+
+
+def small(config: Callable[..., Any], pairs: int = 8) -> Protocol:
+    """The protocol for a CPU: its tests are as trained, and twice as long."""
+    longer = config(length=128, pairs=16)
+    return Protocol(
+        train=((config(), 8192),),
+        test=((f"64/{pairs}", config(), 512), ("128/16", longer, 256)),
         steps=600,
         batch=64,
         lr=(1e-2,),
         conv_first=True,
-    ),
+    )
+
+
+PROTOCOLS = {
+    "ci": small(Config),
     "zoology_recall": _recall(),
     **{
         f"zoology_figure2_{length}": _figure2(length, pairs, batch)

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from seqlab import settings
 from seqlab.errors import ConfigError, SeqlabError
+from seqlab.layers.linear_kinds import check_trains
 from seqlab.models import lm
 from seqlab.parallel.mesh import Travel
 from seqlab.settings import STRICT
@@ -85,6 +86,7 @@ class Config:
     seed: NonNegativeInt = 0
 
     def __post_init__(self):
+        check_trains(self.model.linear)
         if self.data.batch % self.accumulate:
             raise ConfigError(
                 f"data.batch = {self.data.batch} does not divide into accumulate = "
@@ -115,6 +117,11 @@ def load(path: str | pathlib.Path, overrides: list[str] | None = None) -> Config
     The file may import modules that lie beside it, such as a mixer of your own.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise ConfigError(
+            f"There is no config file {path} but a folder: give the .py file (a run goes on with "
+            "its own and --out; a saved or packed model is for inference)."
+        )
     if not path.is_file():
         raise ConfigError(f"There is no config file {path}: give the path of a .py file.")
     name = re.sub(r"\W", "_", path.stem)

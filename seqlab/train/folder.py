@@ -64,6 +64,11 @@ def _read(path: pathlib.Path) -> dict:
         then = json.loads(path.read_text("utf-8"))
     except ValueError:
         then = None
+    if isinstance(then, dict) and then.get("format") == FORMAT and "run" not in then:
+        raise ConfigError(
+            f"{path.parent} is a saved model, which no run can go on from: give the run another "
+            "folder (--out)."
+        )
     if not isinstance(then, dict) or (then.get("format"), type(then.get("run"))) != (FORMAT, dict):
         raise CheckpointError(
             f"{path} is damaged or of another version of seqlab: restore it, or start another run."

@@ -15,9 +15,13 @@ from seqlab.parallel import processes
 FILE = "lock.json"
 
 
+class InUse(ConfigError):
+    """Another process has the folder."""
+
+
 class RunLock:
     """Held while a run trains in a folder, which is made if need be; another one is refused
-    with ConfigError.
+    with InUse.
 
     The operating system holds the lock and drops it with the process, however it dies, so a lock
     is never stale; the file says who holds it. Where the file system knows no locks, there is
@@ -44,7 +48,7 @@ class RunLock:
         except BlockingIOError:
             holder = _holder(file)
             file.close()
-            raise ConfigError(
+            raise InUse(
                 f"{self.path.parent} is in use by {holder}: wait for it, or stop it first."
             ) from None
         except OSError as error:  # a file system without locks: train all the same

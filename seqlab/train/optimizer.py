@@ -19,6 +19,11 @@ class Config:
 
     cosine  falls along half a cosine until the last step
     wsd     stays (warm-up, stable, decay), then falls linearly over the last `decay` of all steps
+
+    In the second half of all steps, the rate is `second_half` of what that says, and weight decay
+    `second_half_decay` of `weight_decay`, as for ternary weights: the MatMul-free LM halves its
+    rate (Zhu et al., 2024), BitNet b1.58 stops decaying. What a step takes off a weight is the
+    product of both.
     """
 
     lr: float = 3e-3
@@ -30,6 +35,8 @@ class Config:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    second_half: float = 1.0
+    second_half_decay: float = 1.0
 
     def __post_init__(self):
         for name, right, allowed in (
@@ -39,6 +46,8 @@ class Config:
             ("warmup", self.warmup >= 0, "0 or more"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("final", 0 <= self.final <= 1, "from 0 to 1"),
+            ("second_half", 0 < self.second_half <= 1, "above 0 and up to 1"),
+            ("second_half_decay", 0 <= self.second_half_decay <= 1, "from 0 to 1"),
             ("decay", 0 < self.decay <= 1, "above 0 and up to 1"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "from 0 up to, but not, 1"),
         ):
@@ -50,28 +59,35 @@ class Config:
 
         def rate(step):
             warm = jnp.minimum(1.0, (step + 1) / max(self.warmup, 1))
-            if self.schedule == "constant":
-                return self.lr * warm
-            if self.schedule == "wsd":
-                tail = max(round(steps * self.decay), 1)
-                left = jnp.clip((steps - step) / tail, 0, 1)
-                return self.lr * warm * (self.final + (1 - self.final) * left)
-            done = jnp.clip((step - self.warmup) / max(steps - self.warmup, 1), 0, 1)
-            shape = 0.5 * (1 + jnp.cos(jnp.pi * done))
-            return self.lr * warm * (self.final + (1 - self.final) * shape)
+            late = jnp.where(2 * step < steps, 1.0, self.second_half)
+            return self.lr * warm * self._shape(step, steps) * late
 
         return rate
+
+    def _shape(self, step, steps: int):
+        """Of the schedule after warm-up, from 1 to `final`."""
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "wsd":
+            left = jnp.clip((steps - step) / max(round(steps * self.decay), 1), 0, 1)
+        else:
+            done = jnp.clip((step - self.warmup) / max(steps - self.warmup, 1), 0, 1)
+            left = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        return self.final + (1 - self.final) * left
 
     def build(self, steps: int, decays: Mapping[str, bool]) -> optax.GradientTransformation:
         """`decays` says of every weight whether it decays (see `models.parameters.decays`).
 
         An update with a NaN or an infinity in it is skipped and counted, never applied.
         """
+        late = lambda step: (
+            self.weight_decay * jnp.where(2 * step < steps, 1.0, self.second_half_decay)
+        )
         adamw = optax.adamw(
             self.learning_rate(steps),
             *self.betas,
             eps=self.eps,
-            weight_decay=self.weight_decay,
+            weight_decay=self.weight_decay if self.second_half_decay == 1 else late,
             mask=dict(decays),
         )
         clipped = optax.chain(optax.clip_by_global_norm(self.clip), adamw)

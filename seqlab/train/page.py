@@ -72,20 +72,25 @@ def page(
 ) -> str:
     """The whole document. A tile is (label, figure, remark); the first is the headline."""
     sections = [
-        f'<p class="kicker">Training run</p>\n<h1>{text(title)}</h1>',
         _tiles(tiles),
         _charts(),
-        _section("Model", _model(model_table)) if model_table else "",
-        _section("Samples", "".join(map(_sample, samples))) if samples else "",
-        _section("Run", _facts(facts)) if facts else "",
-        _section("Config", _config(config)) if config is not None else "",
+        section("Model", _model(model_table)) if model_table else "",
+        section("Samples", "".join(map(_sample, samples))) if samples else "",
+        section("Run", facts_list(facts)) if facts else "",
+        section("Config", _config(config)) if config is not None else "",
         '<footer>All figures are from <a href="metrics.jsonl">metrics.jsonl</a>.</footer>',
     ]
+    return document("Training run", title, sections)
+
+
+def document(kicker: str, title: str, sections: Sequence[str]) -> str:
+    """A page in this style: a small line, the title below it, then sections of HTML."""
+    head = f'<p class="kicker">{text(kicker)}</p>\n<h1>{text(title)}</h1>'
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(filter(None, sections))
+        + "\n".join(filter(None, [head, *sections]))
         + "\n</main>\n</body>\n</html>\n"
     )
 
@@ -105,7 +110,7 @@ def _visible(char: str) -> str:
     return char.encode("unicode_escape").decode()
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
 
 
@@ -122,16 +127,23 @@ def _tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _charts() -> str:
-    figures = []
-    for chart in CHARTS:
-        width, height = (round(side * DPI) for side in chart.size)
-        figures.append(
-            f'<picture class="card{" wide" if chart.wide else ""}">'
-            f'<source media="(prefers-color-scheme: dark)" srcset="{chart.name}.dark.png">'
-            f'<img src="{chart.name}.png" alt="{chart.title} by training step" '
-            f'width="{width}" height="{height}"></picture>'
-        )
-    return '<div class="charts">\n' + "\n".join(figures) + "\n</div>"
+    return charts_grid(
+        [picture(c.name, f"{c.title} by training step", c.size, c.wide) for c in CHARTS]
+    )
+
+
+def charts_grid(pictures: Sequence[str]) -> str:
+    return '<div class="charts">\n' + "\n".join(pictures) + "\n</div>"
+
+
+def picture(name: str, alt: str, size: tuple[float, float], wide: bool = True) -> str:
+    """NAME.png, or where the reader likes it dark NAME.dark.png; `size` in inches."""
+    width, height = (round(side * DPI) for side in size)
+    return (
+        f'<picture class="card{" wide" if wide else ""}">'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{name}.dark.png">'
+        f'<img src="{name}.png" alt="{text(alt)}" width="{width}" height="{height}"></picture>'
+    )
 
 
 def _model(table: Sequence[Mapping]) -> str:
@@ -164,7 +176,7 @@ def _sample(sample: str | Mapping) -> str:
     return f'<figure class="card">{note}<pre>{prompt}{text(sample["text"])}</pre></figure>'
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def facts_list(facts: Mapping[str, Any]) -> str:
     items = (f"<dt>{text(name)}</dt><dd>{_fact(value)}</dd>" for name, value in facts.items())
     return f'<dl class="card">{"".join(items)}</dl>'
 

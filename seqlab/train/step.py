@@ -30,12 +30,16 @@ def loss(model: LM, batch: Batch) -> Loss:
 
 
 def make_step(
-    skeleton: LM, optimizer: optax.GradientTransformation, accumulate: int = 1
-) -> Callable[[dict, Any, Batch], tuple[dict, Any, dict[str, jax.Array]]]:
+    skeleton: LM,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+    loss: Callable[[LM, Any], Loss] = loss,
+) -> Callable[[dict, Any, Any], tuple[dict, Any, dict[str, jax.Array]]]:
     """step(params, optimizer state, batch) -> the two updated, metrics; the first two are donated.
 
     The batch is cut in `accumulate` parts whose gradients add up to that of the whole: the loss
-    is the mean over all predicted tokens of the batch, however they fall among the parts.
+    is the mean over all predicted tokens of the batch, however they fall among the parts. Another
+    `loss` takes batches of its own kind.
     """
 
     def gradient(params, part):

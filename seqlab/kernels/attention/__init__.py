@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from seqlab.errors import ConfigError, nearest
 from seqlab.kernels.attention.across_devices import across_devices, time_is_split
+from seqlab.kernels.attention.one_query import one_query
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
 from seqlab.kernels.attention.xla import Options, blockwise
 
@@ -51,7 +52,7 @@ def attention_with_lse(
                             tokens away or among the first `sinks`
     causal                  and only by those that do not come before it
     scale                   K ** -0.5 unless given
-    implementation          "reference" or "xla"; T == 1 always takes the definition
+    implementation          "reference" or "xla", which has a form of its own for T == 1
 
     Where the ambient mesh splits time, queries meet keys as `use_mesh(attention=...)` says
     (`across_devices`), while `past` is whole on every device; the reference is left to XLA.
@@ -68,12 +69,14 @@ def attention_with_lse(
             f"attention has no implementation {implementation!r}: "
             + nearest(implementation, IMPLEMENTATIONS)
         )
-    implementation = "reference" if q.shape[1] == 1 else implementation or "xla"
+    implementation = implementation or "xla"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = {"window": window, "sinks": sinks, "causal": causal, "scale": scale}
     queries, keys = (q, q_position, q_document), (k, v, k_position, k_document)
     if past is not None:
         past = tuple(a.astype(b.dtype) for a, b in zip(past, keys, strict=True))
+    if implementation == "xla" and q.shape[1] == 1:
+        return one_query(queries, [keys] if past is None else [past, keys], **options)
     if implementation == "xla" and time_is_split(q, k):
         return across_devices(queries, keys, past, Options(**options))
     if past is not None:

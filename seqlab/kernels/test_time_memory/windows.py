@@ -39,8 +39,8 @@ def scan_windows(
     """y [B, T, ...] and the state after all tokens, keeping a state every `GROUP` chunks.
 
     run       run(options, tokens, reset, place, valid, weights, state) -> y, state, for one window:
-              tokens [B, C, ...], of which `valid` [B, C] says which there are; y float32 or wider; a
-              state is returned as it came for a row in which there are none
+              tokens [B, C, ...], of which `valid` [B, C] says which there are; y is float32 or
+              wider; a state is returned as it came for a row in which there are none
     options   hashable
     tokens    arrays [B, T, ...] of numbers, the first of them as y is
     weights   a tree of arrays of numbers, the same for all tokens

@@ -34,7 +34,8 @@ class Config:
 
     rope_base None is no positions; `rope_fraction` of a head's channels turn. `qk_norm` norms
     queries and keys within each head, with one weight for all, or over their full width. With
-    `gate`, each channel of y is multiplied by sigmoid(x W_gate).
+    `gate`, each channel of y is multiplied by sigmoid(x W_gate). `out_norm` norms what enters W_o
+    (Wang et al., 2022).
     """
 
     heads: PositiveInt = 4
@@ -51,6 +52,7 @@ class Config:
     qkv_bias: bool = False
     out_bias: bool = False
     gate: bool = False
+    out_norm: norms.Config | None = None
     scale: PositiveFinite | None = None
     implementation: str | None = None
 
@@ -68,6 +70,11 @@ class Config:
             raise ConfigError("attention: set max_length (tokens in a document) or a window.")
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Attention":
+        if self.head_dim is None and d_model % self.heads:
+            raise ConfigError(
+                f"attention: d_model={d_model} is not divisible by heads={self.heads}; or set "
+                "head_dim."
+            )
         return Attention(self, d_model, rngs=rngs)
 
 
@@ -90,7 +97,7 @@ class Attention(Mixer):
         self.ring = Ring(c.window, c.sinks, c.max_length)
         self.max_length = self.ring.limit
         self.kv_heads = G = c.kv_heads or c.heads
-        self.head_dim = K = c.head_dim or _head_dim(d_model, c.heads)
+        self.head_dim = K = c.head_dim or d_model // c.heads
         self.rotated = int(K * c.rope_fraction)
         if c.rope_base is not None and self.rotated % 2:
             raise ConfigError(
@@ -101,6 +108,7 @@ class Attention(Mixer):
         self.gate = project(c.heads * K) if c.gate else None
         norm = lambda n: c.qk_norm and c.qk_norm.build(n * K if c.qk_norm_over == "width" else K)
         self.q_norm, self.k_norm = norm(c.heads), norm(G)
+        self.out_norm = c.out_norm.build(c.heads * K) if c.out_norm else None
         self.out = Linear(c.heads * K, d_model, ("heads", "embed"), bias=c.out_bias, rngs=rngs)
 
     def init_state(self, batch: int) -> State:
@@ -126,6 +134,7 @@ class Attention(Mixer):
         y = merge(y)
         if self.gate is not None:
             y *= jax.nn.sigmoid(widen(self.gate(x))).astype(y.dtype)
+        y = y if self.out_norm is None else self.out_norm(y)
         y = self.ring.mark_overflow(self.out(y), position)
         end = position[:, -1] + 1
         k, v = self.ring.keep((state.k, state.v), (k, v), end)
@@ -139,11 +148,3 @@ class Attention(Mixer):
         if c.rope_base is None:
             return a
         return rope(a, position, c.rope_base, channels=self.rotated, scaling=c.rope_scaling)
-
-
-def _head_dim(d_model: int, heads: int) -> int:
-    if d_model % heads:
-        raise ConfigError(
-            f"attention: d_model={d_model} is not divisible by heads={heads}; or set head_dim."
-        )
-    return d_model // heads

@@ -84,7 +84,8 @@ def _written_out(one: block.Config, d_model: int) -> block.Config:
         heads["head_dim"] = mixer.head_dim or d_model // mixer.heads
         mixer = dataclasses.replace(mixer, **heads)
     if isinstance(mlp, ffn.Config):
-        same = {"ratio": ffn.Config().ratio, "multiple_of": ffn.Config().multiple_of}
+        start = ("ratio", "multiple_of", "std", "down_std")
+        same = {name: getattr(ffn.Config(), name) for name in start}
         mlp = dataclasses.replace(mlp, width=mlp.inner(d_model), **same)
     return dataclasses.replace(one, mixer=mixer, ffn=mlp)
 

@@ -1,0 +1,49 @@
+"""A step of training finds the memory of the step before, and no page of it is cleared again."""
+
+import subprocess
+import sys
+
+import pytest
+
+from seqlab import heap
+
+STEPS = """
+import pathlib, resource, sys
+from seqlab import heap
+heap.DEVICES = pathlib.Path("/none")
+if sys.argv[1] == "kept":
+    assert heap.keep()
+import jax, jax.numpy as jnp
+
+@jax.jit
+def step(x):
+    many = [jnp.sin(i * x) @ x for i in range(6)]
+    return sum(jnp.cos(a) @ b for a, b in zip(many, many[1:]))
+
+x = jnp.ones((1200, 1200))
+assert step.lower(x).compile().memory_analysis().temp_size_in_bytes > 40e6
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+found = []
+for _ in range(12):
+    before = faults()
+    step(x).block_until_ready()
+    found.append(faults() - before)
+print(min(found))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how glibc allocates")
+def test_memory_freed_by_one_step_serves_the_next():
+    def fewest(how):
+        done = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert fewest("freed") > 5_000
+    assert fewest("kept") < 500
+
+
+def test_a_machine_with_an_accelerator_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(heap, "DEVICES", tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert not heap.keep()
