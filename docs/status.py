@@ -1,4 +1,4 @@
-"""The tables of README.md and of checkpoints.md, from the code itself.
+"""The tables of README.md, checkpoints.md and tasks.md, from the code itself.
 
     python docs/status.py
 
@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping
 import jax
 from flax import nnx
 
+from seqlab import settings
 from seqlab.conformance.suite import PROPERTIES, check, title
 from seqlab.kernels.recurrence import RECURRENCES
 from seqlab.layers.registry import mixer_config, own_mixers
 from seqlab.models.pretrained import model_types
+from seqlab.tasks import protocols, task_config, tasks
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 CHECKPOINTS = pathlib.Path(__file__).parent / "checkpoints.md"
+TASKS = pathlib.Path(__file__).parent / "tasks.md"
 D_MODEL = 64  # of the state bytes; heads and sizes are the defaults of each Config
 
 #: What a column promises, and the properties that prove it.
@@ -76,6 +79,21 @@ def replaced(text: str, new: str, name: str = "status") -> str:
     return before + begin + new + end + after
 
 
+def task_table() -> str:
+    """What each task asks, its fields with their defaults, and its protocols."""
+    rows = ["| task | what it asks | fields | protocols |", "| --- | --- | --- | --- |"]
+    for name in tasks():
+        config = task_config(name)
+        module = sys.modules[type(config).__module__]
+        asks = str(module.__doc__).partition("\n")[0].rstrip(".")
+        fields = ", ".join(f"`{field}={value}`" for field, value in settings.plain(config).items())
+        known = dict.fromkeys(
+            "mad_FIELD_VALUE" if p.startswith("mad_") else p for p in protocols(name)
+        )
+        rows.append(f"| `{name}` | {asks} | {fields} | {', '.join(f'`{p}`' for p in known)} |")
+    return "\n".join(rows) + "\n"
+
+
 def _facts(name: str) -> list[str]:
     config = mixer_config(name)
     mixer = jax.eval_shape(lambda: config.build(D_MODEL, rngs=nnx.Rngs(0)))
@@ -122,4 +140,5 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     pages = replaced(CHECKPOINTS.read_text("utf-8"), families(), "families")
     CHECKPOINTS.write_text(pages, "utf-8")
+    TASKS.write_text(replaced(TASKS.read_text("utf-8"), task_table(), "tasks"), "utf-8")
     README.write_text(replaced(README.read_text("utf-8"), table(measured)), "utf-8")

@@ -46,21 +46,25 @@ _step = jax.jit(lambda model, tokens, state: model(tokens, state))
 
 
 def hold(
-    config: Any, folder: pathlib.Path, adjust: Callable | None = None, buffers: str = r"(?!)"
+    config: Any,
+    folder: pathlib.Path,
+    adjust: Callable | None = None,
+    buffers: str = r"(?!)",
+    same: Callable = assert_same_logits,
 ) -> seqlab.LM:
     """Everything that a family must hold, of one random model; returns ours.
 
     Logits equal transformers', read at once and one by one; exported, they are to the bit those of
     the model it came from; files and weights survive the way there and back to the bit. `adjust`
     is called with the torch model, to change what `heat` made of it; tensors whose names match
-    `buffers` follow from the config and need not be exported.
+    `buffers` follow from the config and need not be exported; `same` says what equal logits are.
     """
     theirs = build(config, folder / "theirs", adjust)
     ours = seqlab.load(folder / "theirs")
     tokens = np.random.default_rng(1).integers(0, ours.config.vocab, (B, T), np.int32)
     expected = torch_logits(theirs, tokens)
     assert 4 < np.abs(expected).max() < 40, "adjust the weights: logits are to be of size ten"
-    assert_same_logits(logits(ours, tokens), expected)
+    same(logits(ours, tokens), expected)
 
     seqlab.export_hf(ours, folder / "exported")
     again = transformers.AutoModelForCausalLM.from_pretrained(

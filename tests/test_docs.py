@@ -111,6 +111,11 @@ def test_the_table_of_published_families_is_that_of_the_code():
     assert page == status.replaced(page, status.families(), "families"), "run python docs/status.py"
 
 
+def test_the_table_of_tasks_is_that_of_the_code():
+    page = status.TASKS.read_text("utf-8")
+    assert page == status.replaced(page, status.task_table(), "tasks"), "run python docs/status.py"
+
+
 def test_every_link_of_a_page_leads_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):

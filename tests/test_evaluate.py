@@ -14,9 +14,7 @@ from seqlab import cli
 from seqlab.errors import ConfigError, DataError, ModelError
 from seqlab.evaluate import asked, reading
 from seqlab.evaluate.accuracy import score
-from seqlab.evaluate.harness import Answers
 from seqlab.evaluate.perplexity import perplexity
-from seqlab.infer.generate import generate
 from seqlab.layers.mixers import attention, gla
 from seqlab.models import lm, store
 from seqlab.models.parameters import bind, parameters
@@ -224,62 +222,3 @@ def test_the_command_refuses_in_one_sentence(run, model, tmp_path):
         status, out, err = run("eval", folder, *arguments)
         assert status == 2 and sentence in err and out == ""
         assert err.count("\n") == 1 and err.startswith("seqlab: ")
-
-
-def logs_of(model, ids, count):
-    """The log-probabilities of the last `count` ids, and whether they are the likeliest."""
-    inputs = np.asarray(ids[:-1])
-    padded = np.pad(inputs, (0, (model.max_length or 64) - len(inputs)))[None]
-    logs = np.asarray(whole(model, padded))[0, len(ids) - 1 - count : len(ids) - 1]
-    last = np.asarray(ids[-count:])
-    return logs[np.arange(count), last].sum(), bool((logs.argmax(-1) == last).all())
-
-
-def test_answers_to_the_harness_are_those_of_a_whole_forward_pass(model):
-    answers = Answers(model, ByteTokenizer(), batch=2)
-    pairs = [("a cat ", "sat"), ("", "mat")]
-    rows = [([256, *b"a cat sat"], 4), ([256, *b"mat"], 3)]
-    found = answers.loglikelihood(pairs)
-    for (ids, count), (logarithm, greedy) in zip(rows, found, strict=True):
-        expected = logs_of(model, ids, count)
-        np.testing.assert_allclose(logarithm, expected[0], rtol=1e-5)
-        assert greedy == expected[1]
-    (rolling,) = answers.loglikelihood_rolling([("the cat sat on",)])
-    np.testing.assert_allclose(rolling, logs_of(model, [256, *b"the cat sat on"], 14)[0], rtol=1e-5)
-
-
-def test_greedy_continuations_are_known_as_such(model):
-    answers = Answers(model, ByteTokenizer())
-    answers._pair = lambda context, continuation: (continuation, 3)
-    ids = generate(model, np.array([256, 97]), steps=3).tolist()
-    (_, greedy), (_, other) = answers.loglikelihood(
-        [("", [256, 97, *ids]), ("", [256, 97, *ids[:2], (ids[2] + 1) % 256])]
-    )
-    assert greedy and not other
-
-
-def test_a_text_longer_than_max_length_is_scored_in_windows(short):
-    text = "the cat sat on the mat and thought of many mice and dogs, and of 2 cats."
-    ids = [256, *text.encode()]
-    (rolling,) = Answers(short, ByteTokenizer()).loglikelihood_rolling([(text,)])
-    n = len(text)
-    expected = (
-        logs_of(short, ids[:33], 32)[0]
-        + logs_of(short, ids[32:65], 32)[0]
-        + logs_of(short, ids[n - 32 :], n - 64)[0]
-    )
-    np.testing.assert_allclose(rolling, expected, rtol=1e-5)
-
-
-def test_generation_for_the_harness_stops_at_its_strings(model):
-    answers = Answers(model, ByteTokenizer(), batch=2)
-    contexts = ["a cat", "the mat of the dog", "x"]
-    free = [
-        ByteTokenizer().decode(generate(model, np.array([256, *c.encode()]), steps=12, stop=256))
-        for c in contexts
-    ]
-    options = {"until": [], "max_gen_toks": 12}
-    assert answers.generate_until([(c, options) for c in contexts]) == free
-    stop = free[0][2:4]
-    cut = answers.generate_until([(c, {"until": [stop], "max_gen_toks": 12}) for c in contexts])
-    assert cut == [text.partition(stop)[0] for text in free] and len(cut[0]) <= 2

@@ -12,6 +12,9 @@ GRADIENT = {"float64": 1e-10, "float32": 5e-5, "bfloat16": 3e-2}
 
 #: Another implementation of a whole model, float32: largest difference over largest logit.
 LOGITS = 1e-4
+#: The same in models that round activations to eight bits. A last bit decides to which side a
+#: number next to a half falls, one of some hundred thousand, and what follows it differs by this.
+ROUNDED_LOGITS = 5e-2
 
 SMALLEST_SCALE = 1e-3  # below this rms an expected value counts as zero: errors become absolute
 
@@ -60,3 +63,13 @@ def assert_same_logits(actual, expected) -> None:
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     wrong = np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
     assert wrong <= LOGITS, f"logits: error {wrong:.1e} of the largest, allowed {LOGITS:.0e}"
+
+
+def assert_same_rounded_logits(actual, expected) -> None:
+    """The same of a model that rounds activations, for logits [B, T, vocab]: within `LOGITS` at
+    half of the tokens at least, and at the others within `ROUNDED_LOGITS`."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    wrong = np.max(np.abs(actual - expected), -1) / np.max(np.abs(expected))
+    for error, limit in ((np.median(wrong), LOGITS), (np.max(wrong), ROUNDED_LOGITS)):
+        assert error <= limit, f"logits: error {error:.1e} of the largest, allowed {limit:.0e}"

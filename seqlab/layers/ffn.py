@@ -1,5 +1,6 @@
 """The usual channel mixer of a block: a gated or plain two-layer perceptron (Shazeer, 2020)."""
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -58,6 +59,11 @@ class Config:
 
     def inner(self, d_model: int) -> int:
         return self.width or -int(-d_model * self.ratio // self.multiple_of) * self.multiple_of
+
+    def written_out(self, d_model: int) -> "Config":
+        """What computes the same, its width a number, and nothing said of how it started."""
+        sized = {"ratio": 8 / 3, "multiple_of": 32, "width": self.inner(d_model)}
+        return dataclasses.replace(self, **sized, std=None, down_std=None)
 
 
 class FFN(nnx.Module):

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from seqlab.errors import CheckpointError, ModelError
@@ -49,7 +50,7 @@ class Fields(dict):
 def read(folder: pathlib.Path) -> tuple[Fields, dict[str, Any]]:
     """The fields of a folder's config.json, and the same as they stand there.
 
-    Raises CheckpointError where it is not JSON, ModelError where it cannot be used.
+    Raises CheckpointError where it is not JSON, ModelError where it cannot be read.
     """
     try:
         raw = json.loads((folder / CONFIG).read_text("utf-8"))
@@ -64,7 +65,6 @@ def read(folder: pathlib.Path) -> tuple[Fields, dict[str, Any]]:
     if isinstance(raw.get("text_config"), dict):
         outer = {name: raw[name] for name in _OUTER if name in raw}
         raw = {**outer, **raw["text_config"]}
-    _refuse_quantized(folder, raw)
     return normalised(raw), raw
 
 
@@ -87,10 +87,11 @@ def normalised(raw: dict[str, Any]) -> Fields:
 _OUTER = ("tie_word_embeddings", "quantization_config", "dtype", "torch_dtype")
 
 
-def _refuse_quantized(folder: pathlib.Path, raw: dict[str, Any]) -> None:
+def refuse_quantized(folder: pathlib.Path, raw: dict[str, Any], known: Sequence[str] = ()) -> None:
+    """Raise ModelError where the weights are quantized, but by a method of those that are known."""
     quantized = raw.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    if quantized and not (isinstance(quantized, dict) and method in known):
         raise ModelError(
             f"{folder} is quantized ({method!r}), and no quantized file is read here (bitsandbytes,"
             " GPTQ, AWQ, fp8, compressed-tensors and their kin): take the float weights."

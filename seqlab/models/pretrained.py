@@ -58,6 +58,7 @@ def load(path: str | os.PathLike, *, max_length: int | None = None) -> lm.LM:
     fields, raw = hf_config.read(path)
     fields.max_length = max_length
     family = family_of(fields.get("model_type"), path)
+    hf_config.refuse_quantized(path, raw, getattr(family, "QUANTIZED", ()))
     held = _untied(read(path, family), fields, family, path)
     config = config_of(family, fields, held, path / hf_config.CONFIG)
     config = dataclasses.replace(config, published=json.dumps(raw))

@@ -10,5 +10,6 @@ A file defines
     TIED                        optional: the names of embedding and head, if not the usual ones
     respelled(tensors)          optional: tensors by their published names, where transformers saves
                                 them under others
+    QUANTIZED                   optional: the `quant_method`s whose files it reads
     IGNORED                     optional: patterns of names of tensors that are not of the model
 """

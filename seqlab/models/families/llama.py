@@ -83,10 +83,7 @@ def _written_out(one: block.Config, d_model: int) -> block.Config:
         heads = {"kv_heads": mixer.kv_heads or mixer.heads}
         heads["head_dim"] = mixer.head_dim or d_model // mixer.heads
         mixer = dataclasses.replace(mixer, **heads)
-    if isinstance(mlp, ffn.Config):
-        start = ("ratio", "multiple_of", "std", "down_std")
-        same = {name: getattr(ffn.Config(), name) for name in start}
-        mlp = dataclasses.replace(mlp, width=mlp.inner(d_model), **same)
+    mlp = mlp.written_out(d_model) if isinstance(mlp, ffn.Config) else mlp
     return dataclasses.replace(one, mixer=mixer, ffn=mlp)
 
 
