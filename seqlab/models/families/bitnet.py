@@ -31,11 +31,14 @@ def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
     rope = {"rope_theta": fields["rope_parameters"].get("rope_theta") or 500_000.0}
     read = Fields(act | {"rope_parameters": fields["rope_parameters"] | rope})
     read.max_length = fields.max_length
-    layer = block.Config(
-        mixer=llama.mixer(read, qkv_bias=bias, out_bias=bias, out_norm=norms),
-        ffn=llama.mlp(read, norm=norms),
-        join=block.Join(norm=norms),
-    )
+    mixer = llama.mixer(read, qkv_bias=bias, out_bias=bias, out_norm=norms)
+    d, kv_heads = read["hidden_size"], mixer.kv_heads or mixer.heads
+    if linear_kinds.NARROW * kv_heads * (mixer.head_dim or d // mixer.heads) <= d:
+        raise ModelError(
+            f"config.json has {kv_heads} heads of keys, so narrow that they would not be rounded "
+            "here: take a bitnet with more."
+        )
+    layer = block.Config(mixer=mixer, ffn=llama.mlp(read, norm=norms), join=block.Join(norm=norms))
     linear = _linear(fields.get("quantization_config"))
     return decoder.config(fields, tensors, lambda _: layer, norm=norms, linear=linear)
 
@@ -75,6 +78,8 @@ def _linear(quantized: dict[str, Any] | None) -> Any:
 
 def _repacked(packed: np.ndarray) -> np.ndarray:
     """[out / 4, in], whose row r has rows r, r + out / 4, ... in pairs of bits -> as we pack it"""
+    if not packing.is_packed(jnp.asarray(packed)):
+        raise ModelError("A packed weight holds what is no trit: restore the file from a copy.")
     trits = np.concatenate([packed >> shift & 3 for shift in range(0, 8, 2)]).astype(np.int8) - 1
     return np.asarray(packing.pack(jnp.asarray(trits.T)))
 
