@@ -334,20 +334,21 @@ def compare(
     mixer: MixerFiles = [],  # noqa: B006
 ) -> None:
     """Train mixers on a task under one protocol; leaves a page of accuracy by state and length."""
-    from seqlab.compare.command import compare
+    heap.keep()
+    from seqlab.compare import command
 
     _register(mixer)
-    folder = out or Path("runs") / f"compare_{task}"
-    compare(
+    asked = command.ask(
         task,
         mixers,
-        out=folder,
+        out=out or Path("runs") / f"compare_{task}",
         protocol_name=protocol,
         budget=budget,
         lr=lr,
         seeds=seeds,
         width=width,
     )
+    command.compare(asked)
 
 
 @app.command()

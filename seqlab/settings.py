@@ -20,6 +20,9 @@ STRICT = ConfigDict(extra="forbid")
 #: The type of a field: a number above 0, neither infinite nor NaN.
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+#: The same, or 0.
+NonNegativeFinite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
 
 def plain(config: Any) -> dict:
     """A config as JSON-ready dicts, lists and scalars."""

@@ -49,9 +49,8 @@ def tiny():
 def compare(out, mixers=MIXERS, **options) -> tuple[list[Result], str]:
     said = io.StringIO()
     console = Console(file=said, width=200)
-    asked = ",".join(mixers)
-    found = command.compare("mqar", asked, out=out, width="8", console=console, **options)
-    return found, said.getvalue()
+    asked = command.ask("mqar", ",".join(mixers), out=out, width="8", **options)
+    return command.compare(asked, console), said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +113,13 @@ def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
     assert again.runs[1].seed == 1 and again.runs[1].loss != again.runs[0].loss
 
 
+def test_rates_and_seeds_share_one_program(tmp_path, monkeypatch):
+    made, make = [], trial.make_step
+    monkeypatch.setattr(trial, "make_step", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    compare(tmp_path, MIXERS[:1], lr="1e-2,1e-3", seeds=2)
+    assert [step._cache_size() for step in made] == [1]
+
+
 def test_another_setting_in_the_same_folder_is_refused(finished):
     with pytest.raises(ConfigError, match=r"result\.json is of another setting"):
         compare(finished[0], budget="5 steps")
@@ -166,7 +172,7 @@ def test_a_mixer_that_diverges_is_told_and_the_others_go_on(finished, tmp_path):
 
 
 def test_tests_are_read_in_pieces_as_if_at_once(finished):
-    (entry,) = entries.parse(MIXERS[1], TINY, (8,))
+    (entry,) = entries.parse("mlstm(heads=2)", TINY, (8,))  # its empty state is not all zeros
     one = trial.Trial(entry, TINY, Budget(4, "steps"))
     model = entry.model.build(rngs=nnx.Rngs(3))
     tokens = mqar.Config(32, 40, 4).examples(TINY.batch, 0).inputs  # 16, 16 and 8 tokens

@@ -61,6 +61,16 @@ VARIANTS = {
     "slstm": [{"heads": 2, "conv_width": 0}],
     "mamba": [{"norm": "weighted", "bias": True, "conv_bias": False, "dt_rank": 3}],
     "min_gru": [{"expand": 2.0, "positive": False}],
+    "mom": [
+        {
+            "base": "gated_linear",
+            "shared_memory": False,
+            "share_q": False,
+            "conv_scope": "sequence",
+            "gate": False,
+        },
+        {"base": "ssd", "memories": 3, "top_k": 3, "single_kv_proj": True, "conv_width": 0},
+    ],
     "mlgru": [{"output": "paper", "layer": 0}],
     "s5": [{"blocks": 2, "activation": "half_glu2", "clip_eigenvalues": True}],
 }
@@ -125,6 +135,10 @@ def test_mixer_has_the_property(case, prove):
         ("rg_lru", "width heads conv_width c gate_scale"),
         ("s5", "d_state blocks dt_min dt_max"),
         ("aaren", "heads"),
+        (
+            "mom",
+            "memories top_k heads key_dim value_dim conv_width norm_eps aux_scale chunk_size",
+        ),
         ("min_gru", "expand"),
         ("min_lstm", "expand"),
         ("mlgru", "layer layers norm_eps"),

@@ -1,5 +1,6 @@
 """Delta rules and RWKV-7 in fla's layout compute what fla's layers define."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,57 @@ def test_kda_is_that_of_fla(lowest, tmp_path):
     fields = {"model_type": "kda", "num_heads": H, "head_dim": d}
     fields |= {} if lowest is None else {"safe_gate": True, "lower_bound": lowest}
     shapes = shapes_of(D, D, **more)
+    hold(tmp_path, fields, shapes, lambda w, t: swiglu_model(w, t, mixer))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"shared_mem": True}, {"shared_mem": False, "single_kv_proj": True, "use_output_gate": False}],
+    ids=["published", "one projection"],
+)
+def test_mom_is_that_of_fla(fields, tmp_path):
+    """As it decodes: in training, its convolution reads tokens of other memories."""
+    heads, d, memories = 2, 8, 3
+    single, gate = fields.get("single_kv_proj", False), fields.get("use_output_gate", True)
+
+    def one(w, x, name):
+        """A memory's own tokens [n, D] -> [n, H, d]"""
+        maps = w["q_proj.weight"], w[name("k")], w[name("v")]
+        q, k, v = (
+            split(F.silu(conv(x[None] @ a.T, w[f"{n}_conv1d.weight"])), heads)
+            for n, a in zip("qkv", maps, strict=True)
+        )
+        b = torch.sigmoid(x[None] @ w[name("b")].T)
+        g = -w["A_log"].exp() * F.softplus(x[None] @ w[name("a")].T + w["dt_bias"])
+        return delta_rule(unit(q), unit(k), v, b, g[..., None].expand(k.shape))[0]
+
+    def mixer(w, x, n):
+        share, chosen = torch.softmax(x @ w["gate.weight"].T, -1).topk(2)
+        share = share / share.sum(-1, keepdim=True)
+        shared = lambda n: f"shared_{n}.weight"
+        o = torch.zeros(*x.shape[:2], heads, d)
+        for row, m in np.ndindex(len(x), memories):
+            at, which = (chosen[row] == m).nonzero(as_tuple=True)
+            own = shared if single else (lambda n, m=m: f"{n}_proj.{m}.weight")
+            o[row, at] += share[row, at, which, None, None] * one(w, x[row, at], own)
+        if fields["shared_mem"]:
+            o += torch.stack([one(w, row, shared) for row in x])
+        o = rms(o, w["o_norm.weight"])
+        if gate:
+            o = o * F.silu(split(x @ w["g_proj.weight"].T, heads))
+        return o.flatten(-2) @ w["o_proj.weight"].T
+
+    each = {"k": heads * d, "v": heads * d, "b": heads, "a": heads}
+    names = [] if single else [f"{{}}_proj.{m}.weight" for m in range(memories)]
+    names += ["shared_{}.weight"] if single or fields["shared_mem"] else []
+    more = {name.format(n): (size, D) for n, size in each.items() for name in names}
+    more |= {"gate.weight": (memories, D), "A_log": (heads,), "dt_bias": (heads,)}
+    more |= {"o_norm.weight": (d,)} | ({"g_proj.weight": (heads * d, D)} if gate else {})
+    shapes = shapes_of(heads * d, heads * d, **more)
+    for name in ("*attn.k_proj.weight", "*attn.v_proj.weight"):
+        del shapes[name]
+    fields = {"model_type": "mom", "num_heads": heads, "head_dim": d} | fields
+    fields |= {"num_memories": memories, "topk": 2}
     hold(tmp_path, fields, shapes, lambda w, t: swiglu_model(w, t, mixer))
 
 

@@ -21,11 +21,12 @@ from seqlab.tasks import Protocol, protocol
 from seqlab.train.lock import InUse, RunLock
 
 N = TypeVar("N", int, float)
+_ASKED_APART = {"lr", "steps", "widths"}  # fields of a protocol that runs of one setting differ in
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
-    """What all entries have in common."""
+class Comparison:
+    """Entries, and what they have in common."""
 
     task: str
     name: str  # of the protocol
@@ -33,23 +34,92 @@ class Terms:
     budget: Budget
     rates: tuple[float, ...]
     seeds: int
+    out: pathlib.Path
+    entries: tuple[Entry, ...]
 
-    def empty(self, entry: Entry) -> Result:
-        """A result of this entry without runs."""
-        asked_apart = {"lr", "steps", "widths"}
-        fields = {k: v for k, v in settings.plain(self.protocol).items() if k not in asked_apart}
+    def train(self, board: Board) -> None:
+        """Make all runs that are missing, and show those that are there."""
+        for entry in self.entries:
+            kept = self.kept(entry)
+            if self.missing(kept):
+                self._train(entry, board)
+            else:
+                board.finish(entry.name, self._asked(kept), again=True)
+
+    def finished(self) -> list[Result]:
+        """Every entry that has all its runs."""
+        kept = [self.kept(entry) for entry in self.entries]
+        return [self._asked(result) for result in kept if not self.missing(result)]
+
+    def kept(self, entry: Entry) -> Result:
+        """What the folder holds of an entry, also what was asked for another time."""
+        return results.load(results.folder(self.out, entry), self._empty(entry))
+
+    def missing(self, result: Result) -> list[tuple[float, int]]:
+        """The pairs of rate and seed that have no run yet."""
+        there = {(run.lr, run.seed) for run in result.runs}
+        asked = [(lr, seed) for seed in range(self.seeds) for lr in self.rates]
+        return [pair for pair in asked if pair not in there]
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        rates = ", ".join(f"{rate:.3g}" for rate in self.rates)
+        asked = {"Protocol": self.name, "Budget": str(self.budget), "Rates": rates}
+        return asked | {"Seeds": self.seeds}
+
+    def _train(self, entry: Entry, board: Board) -> None:
+        """Make the runs of an entry, saving each, unless another process is at it."""
+        folder = results.folder(self.out, entry)
+        try:
+            with RunLock(folder):
+                result = self.kept(entry)  # another may just have finished
+                board.start(entry.name, result)
+                trial = Trial(entry, self.protocol, self.budget)
+                for lr, seed in self.missing(result):
+                    run = trial.run(lr, seed, lambda *now: board.say(entry.name, *now))
+                    result = dataclasses.replace(result, runs=(*result.runs, run))
+                    results.save(folder, result)
+        except InUse as other:
+            return board.note(f"{entry.name}: left to another process; {other}")
+        board.finish(entry.name, self._asked(result), again=False)
+
+    def _asked(self, result: Result) -> Result:
+        """The result with the runs of this comparison alone, in their order."""
+        runs = [r for r in result.runs if r.lr in self.rates and r.seed < self.seeds]
+        runs = tuple(sorted(runs, key=lambda run: (run.lr, run.seed)))
+        return dataclasses.replace(result, runs=runs)
+
+    def _empty(self, entry: Entry) -> Result:
+        fields = settings.plain(self.protocol)
+        same = {name: value for name, value in fields.items() if name not in _ASKED_APART}
+        asked = {"task": self.task, "protocol": self.name, "budget": str(self.budget)}
         model = entry.model.skeleton()
         return Result(
             label=entry.label,
             width=entry.model.d_model,
             model=settings.plain(entry.model),
-            setting={"task": self.task, "protocol": self.name, "budget": str(self.budget)} | fields,
+            setting=asked | same,
             parameters=summary.parameter_count(model),
             state_bytes=summary.state_bytes(model),
         )
 
 
-def compare(
+def compare(comparison: Comparison, console: Console | None = None) -> list[Result]:
+    """Train what is missing and write the page; returns what is finished.
+
+    What is finished already is kept; of several processes with one folder each takes what no other
+    has.
+    """
+    c = comparison
+    with Board([entry.name for entry in c.entries], console) as board:
+        c.train(board)
+        finished = c.finished()
+        if finished:
+            board.note(str(report.write(c.out, finished, c.task, c.protocol, c.facts)))
+    return finished
+
+
+def ask(
     task: str,
     mixers: str,
     *,
@@ -59,55 +129,25 @@ def compare(
     lr: str | None = None,
     seeds: int = 1,
     width: str | None = None,
-    console: Console | None = None,
-) -> list[Result]:
-    """Train every mixer of `mixers` (see `entries.parse`) and write the page to the folder `out`.
+) -> Comparison:
+    """The comparison of every mixer of `mixers` (see `entries.parse`), kept in the folder `out`.
 
-    What is finished there already is kept; of several processes with one folder each takes what no
-    other has. Returns what is finished, and raises ConfigError for bad input before any training.
+    Raises ConfigError for bad input, and where the folder holds something else.
     """
     chosen = protocol(task, protocol_name)
-    spent = budgets.parse(budget) if budget else Budget(chosen.steps, "steps")
-    rates = _numbers(lr, "--lr", float) or chosen.lr
-    terms = Terms(task, protocol_name, chosen, spent, rates, seeds)
-    entered = entries.parse(mixers, chosen, _numbers(width, "--width", int))
-    kept = [results.load(results.folder(out, entry), terms.empty(entry)) for entry in entered]
-    with Board([entry.name for entry in entered], console) as board:
-        for entry, result in zip(entered, kept, strict=True):
-            if results.wanted(result, rates, seeds):
-                _train(results.folder(out, entry), entry, terms, board)
-            else:
-                board.finish(entry.name, results.only(result, rates, seeds), again=True)
-        finished = _finished(out, entered, terms)
-        if finished:
-            facts = {"Protocol": terms.name, "Budget": str(spent), "Seeds": seeds, "Rates": rates}
-            board.note(str(report.write(out, finished, task, chosen, facts)))
-    return finished
-
-
-def _train(folder: pathlib.Path, entry: Entry, terms: Terms, board: Board) -> None:
-    """Make the runs of an entry that are missing, saving each, unless another process is at it."""
-    name = entry.name
-    try:
-        with RunLock(folder):
-            result = results.load(folder, terms.empty(entry))  # another may just have finished
-            board.start(name, result)
-            trial = Trial(entry, terms.protocol, terms.budget)
-            say = lambda *now: board.say(name, *now)
-            for lr, seed in results.wanted(result, terms.rates, terms.seeds):
-                runs = (*result.runs, trial.run(lr, seed, say))
-                result = dataclasses.replace(result, runs=runs)
-                results.save(folder, result)
-    except InUse as other:
-        return board.note(f"{name}: left to another process; {other}")
-    board.finish(name, results.only(result, terms.rates, terms.seeds), again=False)
-
-
-def _finished(out: pathlib.Path, entered: list[Entry], terms: Terms) -> list[Result]:
-    """What is in the folders by now."""
-    found = [results.load(results.folder(out, entry), terms.empty(entry)) for entry in entered]
-    whole = [r for r in found if not results.wanted(r, terms.rates, terms.seeds)]
-    return [results.only(result, terms.rates, terms.seeds) for result in whole]
+    comparison = Comparison(
+        task,
+        protocol_name,
+        chosen,
+        budgets.parse(budget) if budget else Budget(chosen.steps, "steps"),
+        _numbers(lr, "--lr", float) or chosen.lr,
+        seeds,
+        out,
+        entries.parse(mixers, chosen, _numbers(width, "--width", int)),
+    )
+    for entry in comparison.entries:
+        comparison.kept(entry)
+    return comparison
 
 
 def _numbers(text: str | None, option: str, kind: Callable[[str], N]) -> tuple[N, ...]:

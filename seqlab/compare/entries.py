@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     model: lm.Config
 
 
-def parse(text: str, protocol: Protocol, widths: Sequence[int] = ()) -> list[Entry]:
+def parse(text: str, protocol: Protocol, widths: Sequence[int] = ()) -> tuple[Entry, ...]:
     """The entries of "a,b(heads=2),c(d_state=8,norm=null)", or of "all", at each of the widths, by
     default the protocol's first.
 
@@ -33,11 +33,11 @@ def parse(text: str, protocol: Protocol, widths: Sequence[int] = ()) -> list[Ent
     if not labels or len(set(labels)) < len(labels):
         raise ConfigError(f"--mixers {text!r}: name one or more mixers, each once: a,b(heads=2).")
     mixers = [(label, _mixer(label, protocol)) for label in labels]
-    entries = [
+    entries = tuple(
         Entry(label, named(label, width, len(widths) > 1), model(mixer, protocol, width))
         for label, mixer in mixers
         for width in widths or protocol.widths[:1]
-    ]
+    )
     for entry in entries:
         entry.model.skeleton()  # what does not fit is said before anything trains
     return entries

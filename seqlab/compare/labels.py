@@ -76,7 +76,7 @@ def _cost(box: Bbox, taken: list[Bbox], seen: np.ndarray, frame: Bbox) -> float:
     covered = sum(s.width * s.height for s in shared if s is not None) / (box.width * box.height)
     near = box.padded(2)
     hidden = ((seen >= near.min) & (seen <= near.max)).all(1).sum()
-    beyond = max(0.0, frame.x0 - box.x0, box.x1 - frame.x1, frame.y0 - box.y0)
+    beyond = max(0.0, *frame.min - box.min, *box.max - frame.max)
     return 40 * covered + min(hidden, 8) + beyond / box.height
 
 

@@ -35,10 +35,12 @@ def draw(
     results: Sequence[Result],
     tests: Sequence[str],
     known: Sequence[Published],
+    trained: Sequence[str] = (),
 ) -> list[Picture]:
     """Write `NAME.png` and `NAME.dark.png` of each picture that has something to show.
 
-    `tests` are the tests' labels by length; `known` is what was published on the task.
+    `tests` are the tests' labels by length, `trained` those that are like what was trained on;
+    `known` is what was published on the task.
     """
     shown = [result for result in results if math.isfinite(result.accuracy)]
     drawn = []
@@ -52,8 +54,10 @@ def draw(
         theirs = [group for group in known if group.against == "length"]
         size = (WIDTH, max(4.4, 1.4 + 0.145 * len(shown)))
         drawn.append(Picture("accuracy_length", "Accuracy on each test, by length", size))
+        ticks = [f"{test}\nas trained" if test in trained else test for test in tests]
         for theme in THEMES:
-            _save(folder, drawn[-1], theme, _against_length(theme, size, shown, tests, theirs))
+            figure = _against_length(theme, size, shown, tests, ticks, theirs)
+            _save(folder, drawn[-1], theme, figure)
     return drawn
 
 
@@ -64,8 +68,9 @@ def _against_state(theme, size, results, tests, theirs) -> Figure:
         curves.setdefault(result.label, []).append((result.state_bytes, result.accuracy))
     known = [x for group in theirs for points in group.curves.values() for x, _ in points]
     every = [*known, *(result.state_bytes for result in results)]
-    for axes in filter(None, (ours, beside)):
-        _bytes(axes, theme, max(1, min(every)), max(every))
+    for axes, ticks in ((ours, 4), (beside, 16)):
+        if axes is not None:
+            _bytes(axes, theme, max(1, min(every)), max(every), ticks)
     measured = "mean over the tests " + ", ".join(tests) if len(tests) > 1 else f"test {tests[0]}"
     _title(ours, theme, "Measured here", measured)
     _curves(ours, theme, curves)
@@ -73,14 +78,14 @@ def _against_state(theme, size, results, tests, theirs) -> Figure:
     return figure
 
 
-def _against_length(theme, size, results, tests, theirs) -> Figure:
+def _against_length(theme, size, results, tests, ticks, theirs) -> Figure:
     figure, ours, beside = _panels(theme, size, theirs)
     several = len({result.width for result in results}) > 1
     name = lambda r: f"{r.label} @ {r.width}" if several else r.label
     curves = {name(r): [(i, r.test(test).mean) for i, test in enumerate(tests)] for r in results}
-    ours.set_xticks(range(len(tests)), tests)
+    ours.set_xticks(range(len(tests)), ticks)
     ours.set_xlim(-0.15, (len(tests) - 1) * 1.4 + 0.05)  # names stand on the right
-    _title(ours, theme, "Measured here", "by test, read without training on it")
+    _title(ours, theme, "Measured here", "by test, from short to long")
     if beside is not None:
         beside.set_xscale("log", base=2)
         beside.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -107,11 +112,11 @@ def _panels(theme: Theme, size, theirs) -> tuple[Figure, Axes, Axes | None]:
     return figure, panels[0], panels[1] if theirs else None
 
 
-def _bytes(axes: Axes, theme: Theme, low: float, high: float) -> None:
+def _bytes(axes: Axes, theme: Theme, low: float, high: float, ticks: int) -> None:
     """The x axis: bytes, with room for names on the right."""
     axes.set_xscale("log", base=2)
     axes.set_xlim(low / 1.6, high * 2.5)
-    axes.xaxis.set_major_locator(LogLocator(base=4))
+    axes.xaxis.set_major_locator(LogLocator(base=ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: readable.size(x)))
     axes.set_xlabel("state of one sequence", color=theme.muted, fontsize=9)

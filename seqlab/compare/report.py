@@ -15,7 +15,7 @@ from seqlab.train.page import text
 
 
 def write(
-    out: pathlib.Path, found: Sequence[Result], task: str, protocol: Protocol, facts: Mapping
+    out: pathlib.Path, found: Sequence[Result], name: str, protocol: Protocol, facts: Mapping
 ) -> pathlib.Path:
     """Write compare.html, its PNGs and results.json from finished results; the path of the page.
 
@@ -23,8 +23,9 @@ def write(
     """
     ordered = sorted(found, key=lambda r: (-_rank(r.accuracy), r.state_bytes))
     tests = [label for label, _, _ in sorted(protocol.test, key=lambda test: test[1].length)]
-    known = published.points(task)
-    drawn = pictures.draw(out, ordered, tests, known)
+    known = published.points(name)
+    trained = [label for label, task, _ in protocol.test if task in dict(protocol.train)]
+    drawn = pictures.draw(out, ordered, tests, known, trained)
     sections = [
         page.charts_grid([page.picture(p.name, p.alt, p.size) for p in drawn]),
         page.section("Results", _table(ordered, tests)),
@@ -32,7 +33,7 @@ def write(
         page.section("Published", page.facts_list(_sources(known))) if known else "",
         '<footer>All figures are from <a href="results.json">results.json</a>.</footer>',
     ]
-    results.write(out / "compare.html", page.document("Comparison", task, sections))
+    results.write(out / "compare.html", page.document("Comparison", name, sections))
     rows = [settings.plain(result) for result in ordered]
     results.write(out / "results.json", json.dumps(rows, indent=1) + "\n")
     return out / "compare.html"

@@ -1,12 +1,10 @@
 """What came out for each entry, kept in a folder of its own, so that it is trained once."""
 
-import dataclasses
 import json
 import math
 import os
 import pathlib
 import urllib.parse
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -114,17 +112,3 @@ def write(file: pathlib.Path, text: str) -> None:
         raise ConfigError(
             f"Cannot write {file} ({error.strerror}): choose an --out you can write."
         ) from error
-
-
-def wanted(result: Result, rates: Sequence[float], seeds: int) -> list[tuple[float, int]]:
-    """The pairs of rate and seed that are not there yet."""
-    there = {(run.lr, run.seed) for run in result.runs}
-    return [
-        pair for seed in range(seeds) for pair in ((lr, seed) for lr in rates) if pair not in there
-    ]
-
-
-def only(result: Result, rates: Sequence[float], seeds: int) -> Result:
-    """The result with the runs that were asked for, in a fixed order."""
-    runs = [run for run in result.runs if run.lr in rates and run.seed < seeds]
-    return dataclasses.replace(result, runs=tuple(sorted(runs, key=lambda r: (r.lr, r.seed))))

@@ -43,8 +43,8 @@ class Trial:
         build = lambda key: parameters(entry.model.build(rngs=nnx.Rngs(key)))
         self._start = jax.jit(build)
         self._read = jax.jit(functools.partial(_read, self.skeleton))
-        empty = jax.eval_shape(lambda model: model.init_state(protocol.batch), self.skeleton)
-        self._empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
+        empty = lambda params: bind(self.skeleton, params).init_state(protocol.batch)
+        self._empty = jax.jit(empty)
         self._tests = protocol.testing()
 
     def run(self, lr: float, seed: int, say: Say) -> Run:
@@ -62,14 +62,19 @@ class Trial:
 
     @functools.cached_property
     def steps(self) -> int:
-        tokens = self.protocol.batch * float(np.mean([c.length for c, _ in self.protocol.train]))
+        lengths, counts = zip(*((c.length, count) for c, count in self.protocol.train), strict=True)
+        tokens = self.protocol.batch * float(np.average(lengths, weights=counts))
         seconds = self._seconds() if self.budget.unit == "seconds" else math.nan
         return self.budget.steps(tokens, seconds)
+
+    @functools.cached_property
+    def _program(self) -> tuple:
+        return self._planned(self.steps)
 
     def _trained(self, lr: float, seed: int, say: Say) -> tuple[dict, float]:
         """The weights after all steps, and the last loss that was looked at."""
         steps, loss = self.steps, math.nan
-        optimizer, step = self._program(steps)
+        optimizer, step = self._program
         params = self._start(jax.random.key(seed))
         state = _at_rate(optimizer.init(params), lr)
         parts = self.protocol.training(seed)
@@ -84,7 +89,7 @@ class Trial:
                 say(done, steps, loss, self._tested(params).mean if tested else None)
         return params, loss
 
-    def _program(self, steps: int):
+    def _planned(self, steps: int) -> tuple:
         """An optimizer whose rate is a part of its state, and a step by it."""
         p = self.protocol
         falling = Optimizer(
@@ -99,7 +104,7 @@ class Trial:
 
     def _seconds(self) -> float:
         """What a step takes once it is compiled."""
-        optimizer, step = self._program(TIMED)
+        optimizer, step = self._planned(TIMED)
         params = self._start(jax.random.key(0))
         state = _at_rate(optimizer.init(params), 0.0)
         feed = batches(self.protocol.training(), self.protocol.batch, 0)
@@ -119,7 +124,8 @@ class Trial:
 
     def _predicted(self, params: dict, inputs: np.ndarray) -> np.ndarray:
         """[rows, L] -> [rows, L], in pieces, so that one program reads tests of every length."""
-        piece, state, read = min(c.length for c, _ in self.protocol.train), self._empty, []
+        piece = min(task.length for task, _ in self.protocol.train)
+        state, read = self._empty(params), []
         for start in range(0, inputs.shape[1], piece):
             predictions, state = self._read(params, inputs[:, start : start + piece], state)
             read.append(np.asarray(predictions))

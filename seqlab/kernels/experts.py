@@ -43,6 +43,20 @@ def route(
     "blocks", on a CPU the fastest for one token and for thousands, unless experts are few. On a
     mesh every device sorts its own tokens. Raises ConfigError for an unknown implementation.
     """
+    y = apart(expert, weights, x, chosen, implementation=implementation)
+    return jnp.einsum("btk,btkd->btd", share, widen(y)).astype(x.dtype)
+
+
+def apart(
+    expert: Expert,
+    weights: tuple[jax.Array, ...],
+    x: jax.Array,
+    chosen: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """What each chosen expert makes of a token, [B, T, k, D'], not yet weighed and summed; the
+    arguments are those of `route`."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ConfigError(
             f"experts have no implementation {implementation!r}: "
@@ -52,9 +66,9 @@ def route(
     def run(weights, *tokens):
         flat = [a.reshape(-1, a.shape[-1]) for a in tokens]
         y = IMPLEMENTATIONS[implementation or "blocks"](expert, weights, *flat)
-        return y.astype(tokens[0].dtype).reshape(tokens[0].shape)
+        return y.reshape(*tokens[0].shape[:-1], *y.shape[1:])
 
-    return _by_shard(run, weights, x, chosen, share)
+    return _by_shard(run, weights, x, chosen)
 
 
 def _by_shard(run, weights, *tokens):
@@ -71,14 +85,13 @@ def _by_shard(run, weights, *tokens):
     return jax.shard_map(run, in_specs=specs, out_specs=split, axis_names=used)(weights, *tokens)
 
 
-def dense(expert: Expert, weights, x, chosen, share) -> jax.Array:
-    """The definition: x [N, D], chosen and share [N, k] -> [N, D]."""
-    y = expert(jnp.matmul, weights, x[None])  # [E, N, D]
-    of_expert = jax.nn.one_hot(chosen, len(weights[0]), dtype=share.dtype)  # [N, k, E]
-    return jnp.einsum("nk,nke,end->nd", share, of_expert, widen(y))
+def dense(expert: Expert, weights, x, chosen) -> jax.Array:
+    """The definition: x [N, D], chosen [N, k] -> [N, k, D']."""
+    y = expert(jnp.matmul, weights, x[None])  # [E, N, D']
+    return y[chosen, jnp.arange(len(x))[:, None]]
 
 
-def blocks(expert: Expert, weights, x, chosen, share) -> jax.Array:
+def blocks(expert: Expert, weights, x, chosen) -> jax.Array:
     """In blocks as long as an expert's part of an even load. Only the last block of an expert has
     room to spare, so that for any load the work is at most twice that of the tokens, and E more."""
     (N, k), E = chosen.shape, len(weights[0])
@@ -93,10 +106,10 @@ def blocks(expert: Expert, weights, x, chosen, share) -> jax.Array:
     inputs = inputs.at[slot].set(jnp.repeat(x, k, 0), unique_indices=True)
     multiply = lambda x, w: x @ w[owner]
     y = expert(multiply, weights, inputs.reshape(count, size, -1))
-    return _weigh(y.reshape(count * size, -1)[slot], share)
+    return y.reshape(count * size, -1)[slot].reshape(N, k, -1)
 
 
-def ragged(expert: Expert, weights, x, chosen, share) -> jax.Array:
+def ragged(expert: Expert, weights, x, chosen) -> jax.Array:
     """Sorted by expert, in products of ragged groups."""
     (N, k), E = chosen.shape, len(weights[0])
     rank, load = _ranks(chosen.reshape(-1), E)
@@ -104,7 +117,7 @@ def ragged(expert: Expert, weights, x, chosen, share) -> jax.Array:
     inputs = jnp.zeros((N * k, x.shape[-1]), x.dtype)
     inputs = inputs.at[slot].set(jnp.repeat(x, k, 0), unique_indices=True)
     multiply = lambda x, w: jax.lax.ragged_dot(x, w, load)
-    return _weigh(expert(multiply, weights, inputs)[slot], share)
+    return expert(multiply, weights, inputs)[slot].reshape(N, k, -1)
 
 
 def _ranks(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
@@ -113,11 +126,6 @@ def _ranks(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
     order = jnp.argsort(chosen, stable=True)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
     return place - (jnp.cumsum(load) - load)[chosen], load
-
-
-def _weigh(y: jax.Array, share: jax.Array) -> jax.Array:
-    """[N * k, D], [N, k] -> [N, D]"""
-    return jnp.einsum("nk,nkd->nd", share, widen(y).reshape(*share.shape, -1))
 
 
 IMPLEMENTATIONS = {"dense": dense, "blocks": blocks, "ragged": ragged}

@@ -12,8 +12,8 @@ from pydantic.dataclasses import dataclass
 from seqlab.errors import ConfigError
 from seqlab.kernels.kept import KEPT
 from seqlab.kernels.precision import widen
+from seqlab.layers import auxiliary, linear_kinds
 from seqlab.layers import ffn as channel_mixer
-from seqlab.layers import linear_kinds
 from seqlab.layers import norm as norms
 from seqlab.layers.channel_mixer import ChannelMixerConfig
 from seqlab.layers.linear import Linear, product
@@ -181,7 +181,8 @@ class LM(nnx.Module):
             period = jax.checkpoint(period, policy=_POLICIES[self.config.remat])
         stream, before = _unstacked(period, stream, self.before, state[:n])
         blocks = (self.blocks, state[n : n + m])
-        stream, middle = _over_depth(period, stream, blocks, self.config)
+        stream, (middle, found) = _over_depth(period, stream, blocks, self.config)
+        auxiliary.include(found)
         (x, _), after = _unstacked(period, stream, self.after, state[n + m :])
         return self.norm(x), (*before, *middle, *after)
 
@@ -193,10 +194,11 @@ class LM(nnx.Module):
 
     def _period(self, stream, blocks, states, reset):
         (x, shared), after = stream, []
-        for block, state in zip(blocks, states, strict=True):
-            x, state, shared = block(x, state, reset, shared)
-            after.append(state)
-        return (constrain(x, DATA, SEQ, None), shared), tuple(after)
+        with auxiliary.collect_inside() as found:
+            for block, state in zip(blocks, states, strict=True):
+                x, state, shared = block(x, state, reset, shared)
+                after.append(state)
+        return (constrain(x, DATA, SEQ, None), shared), (tuple(after), found)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden vectors [..., D] -> logits [..., vocab] float32."""
@@ -222,7 +224,8 @@ def _unstacked(period, stream, blocks, states):
     after = []
     for block, state in zip(blocks, states, strict=True):
         one = jax.tree.map(lambda a: a[0], state)
-        stream, (one,) = period(stream, ([block], (one,)))
+        stream, ((one,), found) = period(stream, ([block], (one,)))
+        auxiliary.include(found)
         after.append(jax.tree.map(lambda a: a[None], one))
     return stream, tuple(after)
 

@@ -213,13 +213,13 @@ class _Run:
         now = time.monotonic()
         tokens, seconds = metrics.pop("tokens"), max(now - last, 1e-9)
         self.tokens += tokens
-        bad = metrics.pop("bad_steps")
+        bad, loss = metrics.pop("bad_steps"), metrics.pop("loss")
         row = {
             "step": step,
-            "loss": metrics["loss"],
-            "bits_per_byte": self._bits(metrics["loss"], self.loader.bytes_per_token),
+            "loss": loss,
+            "bits_per_byte": self._bits(loss, self.loader.bytes_per_token),
             "lr": float(self.rates[step - 1]),
-            "grad_norm": metrics["grad_norm"],
+            **metrics,  # the norm of the gradient, and what layers add to the loss
             "tokens": self.tokens,
             "tokens_per_second": tokens / seconds,
             "data_wait": min(waited / seconds, 1.0),

@@ -2,9 +2,9 @@
 
 A training step's row holds `step`, `loss` (nats per token), `bits_per_byte`, `lr`, `grad_norm`,
 `tokens` (seen in total), `tokens_per_second`, `data_wait` (fraction of the step's wall time spent
-waiting for data) and `seconds` (since this process began to train). An evaluation's row holds
-`step`, `held_out_loss` and `held_out_bits_per_byte`. NaN and infinities are not JSON: they are
-written as null.
+waiting for data) and `seconds` (since this process began to train), and what layers add to the
+loss, each by its name (such as `load_balance`). An evaluation's row holds `step`, `held_out_loss`
+and `held_out_bits_per_byte`. NaN and infinities are not JSON: they are written as null.
 """
 
 import errno

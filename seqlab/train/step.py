@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from seqlab.layers import auxiliary
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind
+from seqlab.parallel import compiler
 from seqlab.train.corpus import Batch
 
 
@@ -23,10 +25,28 @@ def loss(model: LM, batch: Batch) -> Loss:
     """Cross-entropy of each token given those before it in its own document."""
     here, there = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
     reset = jnp.diff(here, axis=1, prepend=here[:, :1]) != 0
-    logits, _ = model(jnp.asarray(batch.tokens[:, :-1]), reset=reset)
+    with auxiliary.counting(jnp.asarray(here > 0)):
+        logits, _ = model(jnp.asarray(batch.tokens[:, :-1]), reset=reset)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
     counts = (here == there) & (there > 0)
     return Loss(jnp.sum(jnp.where(counts, nats, 0.0)), jnp.sum(counts))
+
+
+def objective(
+    model: LM, batch: Any, loss: Callable[[LM, Any], Loss] = loss
+) -> tuple[jax.Array, tuple[Loss, dict[str, jax.Array]]]:
+    """What a step makes smaller, in nats; the loss alone; and what layers add to it, by name.
+
+    What layers add, each a mean over layers, counts once for every predicted token, as the
+    cross-entropy does. So the parts of an accumulated batch, each of which takes means over its own
+    tokens, weigh as many tokens as they predict.
+    """
+    with auxiliary.collect() as found:
+        total = loss(model, batch)
+    means = {name: sums.mean() for name, sums in found.items()}
+    more = sum((mean.loss for mean in means.values()), start=jnp.zeros(()))
+    seen = {name: total.tokens * mean.value for name, mean in means.items()}
+    return total.nats + total.tokens * more, (total, seen)
 
 
 def make_step(
@@ -39,24 +59,26 @@ def make_step(
 
     The batch is cut in `accumulate` parts whose gradients add up to that of the whole: the loss
     is the mean over all predicted tokens of the batch, however they fall among the parts. Another
-    `loss` takes batches of its own kind.
+    `loss` takes batches of its own kind. The metrics hold what layers add to the loss (see
+    `objective`), each under its name.
     """
 
     def gradient(params, part):
-        def nats(params):
-            total = loss(bind(skeleton, params), part)
-            return total.nats, total
-
+        nats = lambda params: objective(bind(skeleton, params), part, loss)
         return jax.grad(nats, has_aux=True)(params)
 
     def step(params, state, batch):
         if accumulate == 1:
-            grads, total = gradient(params, batch)
+            grads, (total, seen) = gradient(params, batch)
         else:
             parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
-            zero = jax.tree.map(jnp.zeros_like, params), Loss(jnp.zeros(()), jnp.zeros((), int))
-            add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(params, part)), None)
-            (grads, total), _ = jax.lax.scan(add, zero, parts)
+
+            def add(grads, part):
+                more, sums = gradient(params, part)
+                return jax.tree.map(jnp.add, grads, more), sums
+
+            grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+            total, seen = jax.tree.map(lambda a: jnp.sum(a, 0), sums)
         count = jnp.maximum(total.tokens, 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, state = optimizer.update(grads, state, params)
@@ -65,12 +87,14 @@ def make_step(
             "grad_norm": optax.tree.norm(grads),
             "tokens": total.tokens,
             "bad_steps": optax.tree.get(state, "notfinite_count"),  # in a row, up to now
+            **{name: value / count for name, value in seen.items()},
         }
         return optax.apply_updates(params, updates), state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler.options())
 
 
 def make_evaluation(skeleton: LM) -> Callable[[dict, Batch], Loss]:
     """evaluate(params, batch) -> Loss"""
-    return jax.jit(lambda params, batch: loss(bind(skeleton, params), batch))
+    total = lambda params, batch: loss(bind(skeleton, params), batch)
+    return jax.jit(total, compiler_options=compiler.options())

@@ -29,7 +29,7 @@ from seqlab.parallel.transitions import Diagonal
 def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(_OuterProduct, tokens, state, chunk_length(q, chunk_size))
+    y, state = chunk_scan.scan_chunks(OuterProduct, tokens, state, chunk_length(q, chunk_size))
     return read(y, v, normaliser), state
 
 
@@ -38,7 +38,29 @@ def transition(
 ) -> Diagonal:
     """What these tokens do to the state that enters them."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    return chunk_scan.transition(_OuterProduct, tokens, chunk_length(q, chunk_size))
+    return chunk_scan.transition(OuterProduct, tokens, chunk_length(q, chunk_size))
+
+
+def apart(
+    hops, q, k, v, log_decay, reset, nothing, *, chunk_size: int = 64, normaliser: bool = False
+):
+    """See `recurrence`: what a state brings is one product more."""
+    tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
+    size = chunk_length(q, chunk_size)
+    found = chunk_scan.apart(OuterProduct, tokens, nothing, size, hops, _remembered)
+    if found is None:
+        return None
+    return found._replace(finish=lambda *results: read(found.finish(*results), v, normaliser))
+
+
+def _remembered(q, k, v, log_decay, reset, state):
+    """What tokens [B, T, ...] that write nothing read of a state, [B, T, H, V], and leave of it."""
+    here = (jnp.cumsum(reset, 1) == 0)[..., None, None]
+    decay = jnp.exp(jnp.where(here, jnp.cumsum(log_decay, 1), -jnp.inf))
+    rows = jnp.repeat(q, state.shape[1] // q.shape[2], 2)
+    few = lambda a: a.astype(q.dtype)
+    y = dot("bthk,bhkv->bthv", few(rows * decay), few(state))
+    return y, decay[:, -1, ..., None] * state
 
 
 def written(v: jax.Array, normaliser: bool) -> jax.Array:
@@ -53,7 +75,7 @@ def read(y: jax.Array, v: jax.Array, normaliser: bool):
     return y[..., :-1].astype(v.dtype), y[..., -1]
 
 
-class _OuterProduct:
+class OuterProduct:
     """One chunk: q, k [B, C, G, K], v [B, C, H, V], log_decay [B, C, H, 1 or K], S [B, H, K, V]."""
 
     @staticmethod

@@ -31,17 +31,17 @@ from seqlab.parallel.transitions import Matrix
 def chunked(q, k, v, beta, log_decay, reset, state, *, chunk_size: int = 64):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
     tokens = (q, k, v, widen(beta), widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(_DeltaRule, tokens, state, chunk_length(q, chunk_size))
+    y, state = chunk_scan.scan_chunks(DeltaRule, tokens, state, chunk_length(q, chunk_size))
     return y.astype(v.dtype), state
 
 
 def transition(q, k, v, beta, log_decay, reset, *, chunk_size: int = 64) -> Matrix:
     """What these tokens do to the state [B, H, K, V] that enters them."""
     tokens = (q, k, v, widen(beta), widen(log_decay), reset)
-    return chunk_scan.transition(_DeltaRule, tokens, chunk_length(q, chunk_size))
+    return chunk_scan.transition(DeltaRule, tokens, chunk_length(q, chunk_size))
 
 
-class _DeltaRule:
+class DeltaRule:
     """One chunk: q, k [B, C, G, K], v [B, C, H, V], beta [B, C, H], log_decay [B, C, H, 1 or K],
     S [B, H, K, V]."""
 
@@ -57,9 +57,9 @@ class _DeltaRule:
         K, H = k.shape[-1], v.shape[2]
         eye = jnp.broadcast_to(jnp.eye(K, dtype=log_decay.dtype), (len(k), H, K, K))
         nothing = jnp.zeros((*v.shape[:3], K), v.dtype)
-        _, matrix = _DeltaRule.forward(q, k, nothing, beta, log_decay, reset, eye)
+        _, matrix = DeltaRule.forward(q, k, nothing, beta, log_decay, reset, eye)
         empty = jnp.zeros((*eye.shape[:3], v.shape[-1]), eye.dtype)
-        _, update = _DeltaRule.forward(q, k, v, beta, log_decay, reset, empty)
+        _, update = DeltaRule.forward(q, k, v, beta, log_decay, reset, empty)
         return Matrix(matrix, update)
 
     @staticmethod
