@@ -14,7 +14,7 @@ from seqlab import settings
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError
 from seqlab.kernels.experts import IMPLEMENTATIONS
-from seqlab.layers import ffn, moe
+from seqlab.layers import auxiliary, ffn, moe
 from seqlab.models import block, lm
 from seqlab.models.parameters import axes, bind, parameters
 from seqlab.parallel.mesh import use_mesh, weight_shardings
@@ -242,6 +242,21 @@ def test_a_sharded_mixture_equals_one_device(implementation):
         assert_close(jax.tree.leaves(gradients), jax.tree.leaves(expected[1]), GRADIENT)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek"])
+def test_training_hears_how_evenly_experts_are_used(name):
+    config = dataclasses.replace(CONFIGS[name], aux_scale=0.5)
+    model, x = built(config, dtype=np.float32), tokens(dtype=np.float32)
+    with auxiliary.collect() as found:
+        model(x)
+    scores = np.asarray(model.router(x), np.float64)
+    scores = np.exp(scores) if config.score == "softmax" else 1 / (1 + np.exp(-scores))
+    share = np.mean(scores / scores.sum(-1, keepdims=True), (0, 1))
+    used = np.bincount(np.ravel(model.choose(x)[0]), minlength=config.experts) / (2 * 9)
+    expected = config.experts * np.sum(share * used)
+    assert_close(found["load_balance"].value, np.float32(expected))
+    assert_close(found["load_balance"].loss, np.float32(0.5 * expected))
+
+
 def test_a_model_holds_mixtures_and_its_config_is_json():
     mixer = {"mixer": "attention", "heads": 2}
     pattern = (mixer, {"mixer": mixer, "ffn": {"ffn": "mlp", "width": 8}})
@@ -268,6 +283,7 @@ def test_a_model_holds_mixtures_and_its_config_is_json():
         ({"experts": 8, "groups": 4, "top_groups": 1, "top_k": 3}, "top_k"),
         ({"shared_gate": True}, "shared"),
         ({"scale": float("nan")}, "scale"),
+        ({"aux_scale": -0.1}, "aux_scale"),
         ({"experst": 3}, "experst"),
     ],
 )

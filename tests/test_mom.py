@@ -214,8 +214,11 @@ def test_a_step_adds_the_balance_and_reports_it(accumulate, remat):
     params = parameters(model)
     optimizer = Optimizer().build(10, decays(model))
     names = [name for name in params if "router" in name]
-    objective = lambda params: step.objective(step.bind(model, params), Batch(*batch))
-    (nats, (total, seen)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    objective = lambda params, batch: step.objective(step.bind(model, params), batch)
+    run = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (nats, (total, seen)), grads = run(params, batch)
+    padded = Batch(np.where(ids == 0, 3, batch.tokens), batch.segment_ids)
+    assert run(params, padded)[0] == (nats, (total, seen))  # padding has no say
     alone = jax.jit(jax.grad(lambda params: step.loss(step.bind(model, params), batch).nats))
     value = float(seen["load_balance"] / total.tokens)
     assert 1.9 < value < 4 and float(nats) == pytest.approx(

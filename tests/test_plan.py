@@ -106,11 +106,18 @@ HloModule jit_step, is_scheduled=true
   %large = f32[8]{0} fusion(%p), x={"estimated_cycles":"1000"}
 }
 
+%fast (p: (s32[])) -> (s32[]) {
+  %quick = f32[8]{0} fusion(%p), x={"estimated_cycles":"6"}
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
   %loop = (s32[]) while(%p), condition=%condition, body=%body
   %send = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]) collective-permute-start(%p), channel_id=9
   %work = f32[8]{0} fusion(%p), x={"estimated_cycles":"20"}
   %sent = f32[8]{0} collective-permute-done(%send)
+  %again = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]) collective-permute-start(%p), channel_id=9
+  %hiding = (s32[]) while(%p), condition=%condition, body=%fast
+  %gone = f32[8]{0} collective-permute-done(%again)
   %or = f32[8]{0} conditional(%p), branch_computations={%seldom, %often}
 }
 """
@@ -118,11 +125,12 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_a_schedule_counts_loops_branches_and_what_hides():
     read = schedule.read(PROGRAM)
-    assert read.cycles == 7 * (500 + 30) + 20 + 1000
-    gather, total, send = sorted(read.collectives, key=lambda c: c.kind)
+    assert read.cycles == 7 * (500 + 30) + 20 + 7 * 6 + 1000
+    gather, total, send, again = sorted(read.collectives, key=lambda c: c.kind)
     assert gather[:6] == ("all-gather", 7, 64 * 8 * 4 * 3 / 4, 64 * 8 * 4, 4, 500)
     assert total[:6] == ("all-reduce", 7, 200.0, 200, 2, 0) and not total.overlapped
     assert send[:6] == ("collective-permute", 1, 32, 32, 2, 20) and send.overlapped
+    assert again[:6] == ("collective-permute", 1, 32, 32, 2, 7 * 6)  # behind a whole loop
     assert read.totals()[0] == {"kind": "all-gather", "count": 7, "sent": 7 * 1536, "overlapped": 7}
 
 

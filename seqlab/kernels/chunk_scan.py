@@ -7,7 +7,7 @@ reverse, recomputing each from the state that entered. What a chunk does is its 
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jax import lax
 
 from seqlab.kernels.kept import kept
 from seqlab.parallel.transitions import compose
+
+#: Hops of a state beside one chunk: more would not be hidden.
+MOST_HOPS = 4
 
 
 class Chunk(Protocol):
@@ -31,16 +34,85 @@ class Chunk(Protocol):
     # takes in its place
 
 
-def scan_chunks(chunk: Chunk, tokens: tuple, state, size: int, weights: tuple = ()):
+def scan_chunks(
+    chunk: Chunk, tokens: tuple, state, size: int, weights: tuple = (), skipped: int = 0
+):
     """y [B, T, ...] and the state after the last of T tokens.
 
     chunk    what one chunk does, forward and backward
     tokens   arrays [B, T, ...]; the last chunk is padded with zeros, which must leave the state be
     weights  arrays that all chunks share
+    skipped  chunks at the beginning that y leaves out; the state enters after them
+    """
+    padded = _padded(tokens, size)
+    part = Part(chunk, size, skipped, padded[0].shape[1] // size)
+    y, state = _scan(part, padded, weights, state)  # pyright: ignore
+    return jax.tree.map(lambda a: a[:, : tokens[0].shape[1] - skipped * size], y), state
+
+
+class Part(NamedTuple):
+    """Chunks number `start` to `stop` of tokens: y of these, and the state after them, of tokens
+    [B, N * size, ...], weights and the state before them. Work to do while states travel, in the
+    sense of `sequence.Work`."""
+
+    chunk: Any
+    size: int
+    start: int
+    stop: int
+
+    def forward(self, scan, tokens, weights, state):
+        """(y, state), and what the backward pass needs."""
+        return _forward(self, tokens, weights, state, scan=scan)
+
+    def backward(self, scan, saved, cotangents):
+        """Cotangents of tokens, weights and state."""
+        return _backward(self, saved, cotangents, scan=scan)
+
+
+class Apart(NamedTuple):
+    """Tokens in two: work on the first of them while states travel, and the rest.
+
+    work, operands  of `sequence.enter_beside`
+    finish          its results, the state that enters -> y of all tokens
+    """
+
+    work: Part
+    operands: tuple
+    finish: Callable[[Any, Any], Any]
+
+
+def apart(
+    chunk: Chunk,
+    tokens: tuple,
+    nothing,
+    size: int,
+    hops: int,
+    remembered: Callable[..., tuple],
+    weights: tuple = (),
+) -> Apart | None:
+    """The first chunks, one a hop, from a state of zeros (`nothing`), and what follows when the
+    state that enters is known. Where there are not as many chunks, each takes several hops; None
+    where that would be more than MOST_HOPS.
+
+    remembered  *tokens, *weights, state -> what tokens read of it, and what they leave of it, if
+                they write nothing
     """
     T = tokens[0].shape[1]
-    y, state = _scan(chunk, size, _padded(tokens, size), weights, state)  # pyright: ignore
-    return jax.tree.map(lambda a: a[:, :T], y), state
+    if hops > MOST_HOPS * (T // size):
+        return None
+    chunks = hops // -(-hops // (T // size))
+    end = chunks * size
+
+    def finish(results, entering):
+        y, state = results
+        more, left = remembered(*(a[:, :end] for a in tokens), *weights, entering)
+        if end == T:
+            return y + more
+        rest, _ = scan_chunks(chunk, tokens, state + left, size, weights, skipped=chunks)
+        return jnp.concatenate([y + more, rest], 1)
+
+    operands = _padded(tokens, size), weights, nothing
+    return Apart(Part(chunk, size, 0, chunks), operands, finish)
 
 
 def transition(chunk: Chunk, tokens: tuple, size: int, weights: tuple = ()):
@@ -70,48 +142,52 @@ def _joined(chunks):
     return jax.tree.map(whole, chunks)
 
 
-def _numbers(tokens, size: int) -> jax.Array:
-    return jnp.arange(tokens[0].shape[1] // size)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(part: Part, tokens, weights, state):
+    """tokens ([B, N * C, ...], ...) -> y [B, (stop - start) * C, ...], state"""
+    return _run(part, tokens, weights, state, keep=lambda *args: None)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(chunk, size, tokens, weights, state):
-    """tokens ([B, N * C, ...], ...) -> y [B, N * C, ...], state"""
-    return _run(chunk, size, tokens, weights, state, keep=lambda *args: None)[0]
+def _forward(part, tokens, weights, state, scan=lax.scan):
+    keep = getattr(part.chunk, "keep", lambda *args: args[-1])
+    return _run(part, tokens, weights, state, keep, scan)
 
 
-def _forward(chunk, size, tokens, weights, state):
-    keep = getattr(chunk, "keep", lambda *args: args[-1])
-    return _run(chunk, size, tokens, weights, state, keep)
-
-
-def _run(chunk, size, tokens, weights, state, keep):
+def _run(part, tokens, weights, state, keep, scan=lax.scan):
     def step(S, n):
-        here = (*_chunk_at(n, tokens, size), *weights, S)
-        y, after = chunk.forward(*here)
+        here = (*_chunk_at(n, tokens, part.size), *weights, S)
+        y, after = part.chunk.forward(*here)
         return after, (y, keep(*here))
 
-    last, (y, entering) = kept(lax.scan(step, state, _numbers(tokens, size)))
+    last, (y, entering) = kept(scan(step, state, jnp.arange(part.start, part.stop)))
     return (_joined(y), last), (tokens, weights, entering)
 
 
-def _backward(chunk, size, saved, cotangents):
+def _backward(part, saved, cotangents, scan=lax.scan):
     tokens, weights, entering = saved
     dy, d_last = cotangents
 
     def step(carry, xs):
         D, d_weights = carry
         n, S = xs
-        here, dy_here = _chunk_at(n, (tokens, dy), size)
-        *d, D = chunk.backward(*here, *weights, S, dy_here, D)
+        here = _chunk_at(n, tokens, part.size)
+        dy_here = _chunk_at(n - part.start, dy, part.size)
+        *d, D = part.chunk.backward(*here, *weights, S, dy_here, D)
         d_tokens, d_here = d[: len(tokens)], d[len(tokens) :]
         return (D, jax.tree.map(jnp.add, d_weights, tuple(d_here))), tuple(d_tokens)
 
     none = jax.tree.map(jnp.zeros_like, weights)
-    xs = _numbers(tokens, size), entering
-    (D, d_weights), d_tokens = lax.scan(step, (d_last, none), xs, reverse=True)
-    like = lambda d, a: None if d is None else _joined(d).astype(a.dtype)
+    xs = jnp.arange(part.start, part.stop), entering
+    (D, d_weights), d_tokens = scan(step, (d_last, none), xs, reverse=True)
+    like = lambda d, a: None if d is None else _within(part, _joined(d).astype(a.dtype), a)
     return tuple(like(d, a) for d, a in zip(d_tokens, tokens, strict=True)), d_weights, D
+
+
+def _within(part: Part, d, whole):
+    """Cotangents of a part's tokens as those of all tokens."""
+    before = part.start * part.size
+    after = whole.shape[1] - before - d.shape[1]
+    return jnp.pad(d, [(0, 0), (before, after)] + [(0, 0)] * (d.ndim - 2))
 
 
 _scan.defvjp(_forward, _backward)

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from seqlab.errors import ConfigError, nearest
 from seqlab.parallel import sequence
@@ -33,10 +34,10 @@ class Recurrence:
 
     __name__: str  # the definition's
 
-    def __init__(self, reference: Callable, implementations: dict, transition, weights: int):
+    def __init__(self, reference: Callable, implementations: dict, transition, apart, weights: int):
         functools.update_wrapper(self, reference)
         self.implementations = {"reference": reference, **implementations}
-        self.transition, self.weights = transition, weights
+        self.transition, self.apart, self.weights = transition, apart, weights
         RECURRENCES[reference.__name__] = self
 
     def __call__(self, *args, implementation: str | None = None, **options):
@@ -51,8 +52,17 @@ class Recurrence:
             if self.transition is None:
                 return relay(run, args[:cut], args[cut:-1], args[-1])
             *tokens, state = args
-            stretch = self.transition(*tokens, **options)
-            entering, leaving = sequence.enter(stretch, state, current_travel())
+            stretch, travel = self.transition(*tokens, **options), current_travel()
+            hops = sequence.hops(stretch, state, travel)
+            if hops and self.apart is not None and implementation in (None, "xla"):
+                nothing = jax.tree.map(jnp.zeros_like, stretch.update)
+                apart = self.apart(hops, *tokens, nothing, **options)
+                if apart is not None:
+                    (entering, leaving, results) = sequence.enter_beside(
+                        stretch, state, travel, apart.work, apart.operands
+                    )
+                    return apart.finish(results, entering), leaving
+            entering, leaving = sequence.enter(stretch, state, travel)
             return run(*tokens, entering)[0], leaving
 
         return sequence.on_mesh(run, shard, tokens, state, weights)
@@ -80,8 +90,16 @@ class Recurrence:
 
 
 def recurrence(
-    transition: Callable | None = None, weights: int = 0, **implementations: Callable
+    transition: Callable | None = None,
+    apart: Callable | None = None,
+    weights: int = 0,
+    **implementations: Callable,
 ) -> Callable[[Callable], Recurrence]:
     """Decorate a definition `f(*tokens, *weights, state, **options)` with its transition and faster
-    forms; `weights` is how many arguments are weights."""
-    return lambda reference: Recurrence(reference, implementations, transition, weights)
+    forms; `weights` is how many arguments are weights.
+
+    apart(hops, *tokens, *weights, zeros, **options) gives the work that can be done before the
+    state that enters is known (a `chunk_scan.Apart`), for as many steps as a state makes hops; None
+    where tokens are too few.
+    """
+    return lambda reference: Recurrence(reference, implementations, transition, apart, weights)

@@ -125,8 +125,8 @@ def _sorted(kind, tokens: Routed, reset, taps, weights, state: Memories, chunk_s
         else:
             entering, conv = conv, pushed(conv).astype(conv.dtype)
         qkv = _with_room_filled(slots, qkv, entering)
-        starts = slots.reset | (jnp.diff(slots.owner, axis=1, prepend=-1) != 0)
-        qkv, _ = _convolved(taps, qkv, starts, jnp.zeros_like(conv[:, :, 0]))
+        # taps reach no further than the room in front of a memory's tokens
+        qkv, _ = _convolved(taps, qkv, slots.reset, jnp.zeros_like(conv[:, :, 0]))
     given = [only(slots.filled, a) for a in kind.tokens(qkv, gates, *weights)]
     given, bank, memory = (*given, slots.reset), Bank(kind.chunk), state.memory
     # a document that starts after the last token of a memory empties it too

@@ -15,10 +15,10 @@ from pydantic.dataclasses import dataclass
 from seqlab.errors import ConfigError
 from seqlab.kernels.experts import route
 from seqlab.kernels.precision import widen
-from seqlab.layers import ffn
+from seqlab.layers import auxiliary, ffn
 from seqlab.layers.ffn import ACTIVATIONS, Activation
 from seqlab.layers.linear import Linear
-from seqlab.settings import STRICT, PositiveFinite
+from seqlab.settings import STRICT, NonNegativeFinite, PositiveFinite
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -30,6 +30,9 @@ class Config:
     weighed. With `groups`, only the `top_groups` groups whose two best experts score highest are
     eligible. `latent` is the width that routed experts work in, if not d_model. `shared` is a
     perceptron for every token beside them, `shared_gate` a sigmoid of x that multiplies it.
+
+    With `aux_scale` above 0, training adds that times the load-balance loss of the scores (see
+    `layers.auxiliary`), divided by their sum if they are sigmoids.
 
     `implementation` is one of `kernels.experts`.
     """
@@ -49,6 +52,7 @@ class Config:
     latent_bias: bool = False
     shared: ffn.Config | None = None
     shared_gate: bool = False
+    aux_scale: NonNegativeFinite = 0.0
     implementation: str | None = None
 
     def __post_init__(self):
@@ -72,8 +76,8 @@ class MoE(nnx.Module):
     """y = sum_{e in top k} g_e expert_e(x) (+ shared(x)), for x [B, T, D]; no state, no token is
     dropped.
 
-    The router works in float32. Training keeps no balance between experts: there is no auxiliary
-    loss, and the correction has no gradient. So routing that was learnt elsewhere can be tuned
+    The router works in float32. The correction has no gradient, so that without a load-balance
+    loss nothing keeps a balance between experts: routing that was learnt elsewhere can be tuned
     further, but a large mixture trained from the start may leave experts idle.
     """
 
@@ -113,6 +117,9 @@ class MoE(nnx.Module):
         scores = jax.nn.softmax(logits) if c.score == "softmax" else jax.nn.sigmoid(logits)
         ranked = scores if self.correction is None else scores + self.correction[...]
         _, chosen = jax.lax.top_k(self._eligible(ranked), c.top_k)
+        if c.aux_scale:
+            of_all = scores / (jnp.sum(scores, -1, keepdims=True) + 1e-20)
+            auxiliary.load_balance(of_all, chosen, c.aux_scale)
         share = jnp.take_along_axis(scores, chosen, -1)
         if c.normalize:
             share /= jnp.sum(share, -1, keepdims=True) + 1e-20  # sigmoids may all be zero

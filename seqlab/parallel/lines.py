@@ -83,7 +83,54 @@ class Cut(NamedTuple):
         return jax.tree.map(of, tree, cut, block)
 
 
-def pipelined(line: Lines, leaving: Callable, entering: Any, cut: Any, blocks: Cut) -> Any:
+class Pipeline(NamedTuple):
+    """What enters each device of a line, hop after hop.
+
+    hop    (its number, carry) -> the carry after it
+    hops   how many there are
+    start  the carry before the first
+    end    the carry after the last -> what has entered
+    """
+
+    hop: Callable[[jax.Array, Any], Any]
+    hops: int
+    start: Any
+    end: Callable[[Any], Any]
+
+    def alone(self) -> Any:
+        """What has entered in the end."""
+        return self.end(lax.fori_loop(0, self.hops, self.hop, self.start))
+
+    def beside(self, work: Callable[[Callable], Any]) -> tuple[Any, Any]:
+        """What has entered in the end, and the result of work(scan).
+
+        scan is `lax.scan`, to be called once, with no more steps than there are hops. Each goes
+        beside as many hops: neither needs the other, so blocks travel while the step is done.
+        """
+        entered = []
+
+        def scan(step, carry, xs, reverse=False):
+            steps = len(jax.tree.leaves(xs)[0])
+            each = self.hops // steps
+
+            def both(carries, x):
+                number, pipe, carry = carries
+                for i in range(each):
+                    pipe = self.hop(number + i, pipe)
+                carry, y = step(carry, x)
+                return (number + each, pipe, carry), y
+
+            carries = jnp.zeros((), int), self.start, carry
+            (number, pipe, carry), ys = lax.scan(both, carries, xs, reverse=reverse)
+            del number
+            entered.append(self.end(lax.fori_loop(steps * each, self.hops, self.hop, pipe)))
+            return carry, ys
+
+        result = work(scan)
+        return entered[0], result
+
+
+def pipeline(line: Lines, leaving: Callable, entering: Any, cut: Any, blocks: Cut) -> Pipeline:
     """What enters each device, when each passes on what `leaving` makes of what enters it.
 
     leaving   number of a block, that block of what enters -> that block of what leaves
@@ -96,17 +143,23 @@ def pipelined(line: Lines, leaving: Callable, entering: Any, cut: Any, blocks: C
     """
     highest = blocks.count - 1
 
-    def step(now, entering):
-        j = jnp.clip(now - line.index, 0, highest)
-        arrived = line.send(leaving(j, blocks.block(entering, cut, j)))
-        j = now + 1 - line.index
+    def enter(now, carry):
+        """Puts down the block that came last; it is the one to leave next."""
+        entered, arrived = carry
+        j = now - line.index
         expected = ~line.first & (j >= 0) & (j <= highest)
         j = jnp.clip(j, 0, highest)
-        keep = lambda new, old: jnp.where(expected, new, old)
-        block = jax.tree.map(keep, arrived, blocks.block(entering, cut, j))
-        return blocks.replaced(entering, cut, j, block)
+        here = blocks.block(entered, cut, j)
+        of = lambda take: jax.tree.map(lambda a, h: jnp.where(take, a, h), arrived, here)
+        return j, of(~line.first), blocks.replaced(entered, cut, j, of(expected))
 
-    return lax.fori_loop(0, line.size - 1 + highest, step, entering)
+    def hop(now, carry):
+        j, block, entered = enter(now, carry)
+        return entered, line.send(leaving(j, block))
+
+    hops = line.size - 1 + highest
+    nothing = jax.tree.map(jnp.zeros_like, blocks.block(entering, cut, 0))
+    return Pipeline(hop, hops, (entering, nothing), lambda carry: enter(hops, carry)[2])
 
 
 def divisible(stretch: Any, *others: Any) -> dict[int, int]:

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,15 @@ from jax.sharding import PartitionSpec as P
 from seqlab.parallel import cost
 from seqlab.parallel.lines import Lines, as_one, size_of
 from seqlab.parallel.mesh import DATA, MODEL, SEQ, Travel
-from seqlab.parallel.strategies import all_gather, all_scan, doubling, ring, window
+from seqlab.parallel.strategies import (
+    all_gather,
+    all_scan,
+    all_scan_hops,
+    blocks_for,
+    doubling,
+    ring,
+    window,
+)
 from seqlab.parallel.two_level import two_level
 
 State = Any
@@ -39,6 +47,18 @@ _STRATEGIES = {
 }
 
 
+class Work(Protocol):
+    """What a device does while states travel, a loop each way: hashable. Both call `scan` once, as
+    `lax.scan` is called, for a step beside each hop.
+
+    forward   scan, *operands -> results, what the backward pass needs
+    backward  scan, that, cotangents of the results -> those of the operands (None for bool)
+    """
+
+    forward: Callable[..., tuple[Any, Any]]
+    backward: Callable[..., tuple[Any, ...]]
+
+
 def enter(transition: Any, state: State, travel: Travel) -> tuple[State, State]:
     """Inside a shard: the state entering this shard, and the one leaving the last shard.
 
@@ -50,58 +70,97 @@ def enter(transition: Any, state: State, travel: Travel) -> tuple[State, State]:
     same strategy walked against time, with the transition turned; it keeps the state that enters
     and the transition without its update. A final state that nobody uses costs nothing.
     """
-    numbers = jax.tree.leaves((transition, state))
-    wide = jnp.result_type(jnp.float32, *(a.dtype for a in numbers))
-    given, widened = state, lambda tree: jax.tree.map(lambda a: a.astype(wide), tree)
-    transition = jax.tree.map(lambda a: _varying(a, SEQ), widened(transition))
-    state = widened(state)
-    travel = _decided(travel, size_of(state), size_of(transition) - size_of(state))
+    return enter_beside(transition, state, travel, None, ())[:2]
+
+
+def enter_beside(
+    transition: Any, state: State, travel: Travel, work: Work | None, operands: tuple
+) -> tuple[State, State, Any]:
+    """The same, and the results of work that is done while states travel.
+
+    `hops` says how many steps it must have; cotangents travel beside its backward pass.
+    """
+    given, (transition, state) = state, _widened((transition, state))
+    transition = jax.tree.map(lambda a: _varying(a, SEQ), transition)
+    travel = _decided(transition, state, travel)
     if hasattr(transition, "turned"):
-        results: Any = _enter(travel, False, transition, state)
+        results: Any = _enter(travel, False, work, transition, state, operands)
     else:
         results = _carried(travel, False, *lax.stop_gradient((transition, state)))
     as_given = lambda tree: jax.tree.map(lambda a, s: a.astype(s.dtype), tree, given)
-    return as_given(results[0]), as_given(results[1])
+    return as_given(results[0]), as_given(results[1]), results[2]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _enter(travel: Travel, against_time: bool, transition, state):
-    return _carried(travel, against_time, transition, state)
+def hops(transition: Any, state: State, travel: Travel) -> int | None:
+    """How many steps of work can go beside the travel of a state; None where none can.
+
+    Only `all_scan` has small hops, one after the other, that a loop of work can hide.
+    """
+    transition, state = _widened((transition, state))
+    devices = lax.axis_size(SEQ)
+    if _decided(transition, state, travel).strategy != "all_scan":
+        return None
+    return devices - 2 + blocks_for(transition, state, devices, travel.blocks).count
 
 
-def _forward(travel, against_time, transition, state):
-    entering, leaving = _carried(travel, against_time, transition, state)
+def _widened(tree):
+    """In float32, or the widest of its types if that is wider."""
+    wide = jnp.result_type(jnp.float32, *(a.dtype for a in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda a: a.astype(wide), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _enter(travel: Travel, against_time: bool, work, transition, state, operands):
+    return _forward(travel, against_time, work, transition, state, operands)[0]
+
+
+def _forward(travel, against_time, work, transition, state, operands):
+    forward = work and (lambda scan: work.forward(scan, *operands))
+    entering, leaving, (results, kept) = _carried(travel, against_time, transition, state, forward)
     entering = jax.tree.map(lambda a: checkpoint_name(a, ENTERING), entering)
-    return (entering, leaving), (transition._replace(update=None), entering)
+    saved = transition._replace(update=None), entering, kept
+    return (entering, leaving, results), saved
 
 
-def _backward(travel, against_time, saved, cotangents):
+def _backward(travel, against_time, work, saved, cotangents):
     """The cotangent of the final state enters at the end; that of the initial state leaves."""
-    transition, entering = saved
-    d_entering, d_leaving = cotangents
+    transition, entering, kept = saved
+    d_entering, d_leaving, d_results = cotangents
     turned: Any = transition.turned(d_entering)
-    d_left, d_state = _enter(travel, not against_time, turned, d_leaving)  # pyright: ignore
+    if work is None:
+        back: Any = _enter(travel, not against_time, None, turned, d_leaving, ())  # pyright: ignore
+        d_left, d_state, d_operands = *back[:2], ()
+    else:
+        backward = lambda scan: work.backward(scan, kept, d_results)
+        d_left, d_state, d_operands = _carried(
+            travel, not against_time, turned, d_leaving, backward
+        )
     # of the update only the shape matters here
     _, pullback = jax.vjp(lambda t: t(entering), transition._replace(update=d_left))
-    return *pullback(d_left), d_state
+    return *pullback(d_left), d_state, d_operands
 
 
 _enter.defvjp(_forward, _backward)
 
 
-def _carried(travel: Travel, against_time: bool, transition, state):
+def _carried(travel: Travel, against_time: bool, transition, state, work: Any = None) -> Any:
+    """What enters and what leaves, and what work(scan) returns."""
     devices = range(lax.axis_size(SEQ))
     line = Lines([devices[::-1] if against_time else devices])
     state = jax.tree.map(lambda a: _varying(a, SEQ), state)
-    entering = _STRATEGIES[travel.strategy](transition, state, line, travel)
-    return entering, _of(line.last, transition(entering))
+    if work is None:
+        entering, done = _STRATEGIES[travel.strategy](transition, state, line, travel), (None, ())
+    else:
+        entering, done = all_scan_hops(transition, state, line, travel).beside(work)
+    return entering, _of(line.last, transition(entering)), done
 
 
-def _decided(travel: Travel, state_bytes: int, transition_bytes: int) -> Travel:
+def _decided(transition: Any, state: State, travel: Travel) -> Travel:
     """With the strategy "auto", what the cost model chooses for these sizes."""
     if travel.strategy != "auto":
         return travel
-    choice = cost.choose(state_bytes, transition_bytes, lax.axis_size(SEQ))
+    state_bytes = size_of(state)
+    choice = cost.choose(state_bytes, size_of(transition) - state_bytes, lax.axis_size(SEQ))
     _once(logging.INFO, f"States of {state_bytes} bytes travel by {choice.why}.")
     return travel._replace(strategy=choice.strategy)
 

@@ -27,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 
 from seqlab.errors import ConfigError
 from seqlab.parallel import all_scan_tpu, cost
-from seqlab.parallel.lines import Cut, Lines, divisible, pipelined, size_of
+from seqlab.parallel.lines import Cut, Lines, Pipeline, divisible, pipeline, size_of
 from seqlab.parallel.mesh import SEQ, Travel
 from seqlab.parallel.transitions import Diagonal
 
@@ -60,19 +60,16 @@ def all_gather(stretch, state, line: Lines, travel: Travel):
 def ring(stretch, state, line: Lines, travel: Travel):
     """LASP-1 (Sun et al., 2024): device after device passes on the whole state."""
     everything = jax.tree.map(lambda _: True, state)
-    return pipelined(line, lambda _, s: stretch(s), state, everything, Cut(-1, 1))
+    return pipeline(line, lambda _, s: stretch(s), state, everything, Cut(-1, 1)).alone()
 
 
 def all_scan(stretch, state, line: Lines, travel: Travel):
     """All-Scan (ZeCO, Chou et al., 2025): as ring, but in blocks, so that all devices are busy:
     while one sends a block on, it receives the next. On a TPU decays are led by remote copies."""
     blocks = blocks_for(stretch, state, line.size, travel.blocks)
-    cut = stretch.cut(blocks.axis)
-    everything = jax.tree.map(lambda _: True, state)
 
     def looped(stretch, state):
-        leaving = lambda number, entering: blocks.block(stretch, cut, number)(entering)
-        return pipelined(line, leaving, state, everything, blocks)
+        return all_scan_hops(stretch, state, line, travel).alone()
 
     def copied(stretch, state):
         (decay, update), back = stretch, line.lines[0][0] != 0
@@ -81,6 +78,15 @@ def all_scan(stretch, state, line: Lines, travel: Travel):
     if not (isinstance(stretch, Diagonal) and getattr(state, "dtype", None) == jnp.float32):
         return looped(stretch, state)  # matrices, complex planes, float64
     return lax.platform_dependent(stretch, state, tpu=copied, default=looped)
+
+
+def all_scan_hops(stretch, state, line: Lines, travel: Travel) -> Pipeline:
+    """All-Scan hop by hop."""
+    blocks = blocks_for(stretch, state, line.size, travel.blocks)
+    cut = stretch.cut(blocks.axis)
+    everything = jax.tree.map(lambda _: True, state)
+    leaving = lambda number, entering: blocks.block(stretch, cut, number)(entering)
+    return pipeline(line, leaving, state, everything, blocks)
 
 
 def doubling(stretch, state, line: Lines, travel: Travel):
@@ -121,7 +127,8 @@ def blocks_for(stretch, message, devices: int, wanted: int | None) -> Cut:
         )
     ideal = cost.best_blocks(size_of(message), devices, cost.this_link())
     found = [Cut(axis, n) for axis, limit in limits.items() for n in _counts(axis, limit)]
-    return min(found, key=lambda cut: abs(math.log(cut.count / ideal)))
+    arrays = lambda axis: sum(jax.tree.leaves(stretch.cut(axis)))  # each is an instruction a hop
+    return min(found, key=lambda cut: (abs(math.log(cut.count / ideal)), arrays(cut.axis)))
 
 
 def _counts(axis: int, limit: int) -> list[int]:

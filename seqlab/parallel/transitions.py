@@ -96,13 +96,17 @@ class Matrix(NamedTuple):
 
 def compose(stretches):
     """One transition for many, stacked along the leading axis in order of time."""
-    first, rest = (
-        jax.tree.map(lambda a: a[0], stretches),
-        jax.tree.map(lambda a: a[1:], stretches),
-    )
+    first = jax.tree.map(lambda a: a[0], stretches)
     # a decay shared by all channels would change shape when composed with one that is not
-    first = jax.tree.map(lambda a, r: jnp.broadcast_to(a, r.shape[1:]), first, rest)
-    return lax.scan(lambda before, later: (before.then(later), None), first, rest)[0]
+    first = jax.tree.map(lambda a, r: jnp.broadcast_to(a, r.shape[1:]), first, stretches)
+    count = len(jax.tree.leaves(stretches)[0])
+
+    def step(before, stretch):
+        number, later = stretch  # all of them: without the first they would be copied
+        joined = jax.tree.map(lambda b, j: jnp.where(number, j, b), before, before.then(later))
+        return joined, None
+
+    return lax.scan(step, first, (jnp.arange(count) > 0, stretches))[0]
 
 
 def differing(tree: Any, axis: int) -> Any:

@@ -23,7 +23,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from seqlab.parallel import cost
-from seqlab.parallel.lines import Cut, Lines, divisible, pipelined, size_of
+from seqlab.parallel.lines import Cut, Lines, divisible, pipeline, size_of
 from seqlab.parallel.mesh import SEQ, Travel
 from seqlab.parallel.strategies import all_scan, blocks_for, ring
 from seqlab.parallel.transitions import differing
@@ -64,7 +64,7 @@ def _before_in_row(stretch, row: Lines, travel: Travel):
         joined = before.then(blocks.block(stretch, acting, number))
         return _where(row.first, alone, joined)
 
-    return pipelined(row, leaving, stretch, sent, blocks)
+    return pipeline(row, leaving, stretch, sent, blocks).alone()
 
 
 def _across(total, state, rows, travel: Travel):

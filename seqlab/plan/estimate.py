@@ -59,11 +59,11 @@ def estimate(program: Program, topology: Topology, flops: int) -> Estimate:
     products = flops / (topology.count * device.flops)
     clock = device.clock
     work = schedule.cycles / clock if clock else products * device.flops / topology.link.flops
-    exposed = collections.defaultdict(float)
+    waited = collections.defaultdict(float)
     for c in schedule.collectives:
-        exposed[c.kind] += c.count * _exposed(c, topology.link, clock)
-    rows = tuple({**row, "exposed": exposed[row["kind"]]} for row in schedule.totals())
-    return Estimate(program, fits, device.memory, work, products, sum(exposed.values()), rows)
+        waited[c.kind] += c.count * exposed(c, topology.link, clock)
+    rows = tuple({**row, "exposed": waited[row["kind"]]} for row in schedule.totals())
+    return Estimate(program, fits, device.memory, work, products, sum(waited.values()), rows)
 
 
 def travel(c: Collective, link: Link) -> float:
@@ -74,6 +74,7 @@ def travel(c: Collective, link: Link) -> float:
     return rounds * (c.group - 1) * link.gather.latency + c.sent / link.gather.bandwidth
 
 
-def _exposed(c: Collective, link: Link, clock: float | None) -> float:
+def exposed(c: Collective, link: Link, clock: float | None) -> float:
+    """Seconds of one run that no work hides."""
     hidden = c.hidden / clock if clock else 0.0
     return max(0.0, travel(c, link) - hidden)

@@ -22,6 +22,7 @@ from seqlab.infer.decode import Carry
 from seqlab.infer.sample import row_keys
 from seqlab.models.lm import LM
 from seqlab.models.parameters import decays
+from seqlab.parallel import compiler
 from seqlab.parallel.mesh import DATA, Travel, use_mesh
 from seqlab.plan.schedule import Schedule, read
 from seqlab.train import state as states
@@ -29,11 +30,6 @@ from seqlab.train.config import Config
 from seqlab.train.corpus import Batch
 from seqlab.train.step import make_step
 
-#: Only both together let a TPU's scheduler run collectives beside computation on every generation.
-OPTIONS = {
-    "xla_enable_async_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-}
 BLOCK = 64  # tokens of a row that generation decodes in one call, as `infer.Session` does
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -154,7 +150,7 @@ def _compile(name: str, tokens: int, lower: Callable, params: Any, optimizer: An
     fixed = weights + moments + (weights if moments else 0)
     began = time.monotonic()
     try:
-        compiled = lower().compile(compiler_options=OPTIONS)
+        compiled = lower().compile(compiler_options=compiler.TPU)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:

@@ -114,6 +114,12 @@ class _Program:
     def cycles(self, computation: str) -> int:
         return sum(map(_cycles, self.computations[computation]))
 
+    def spent(self, i: _Instruction) -> int:
+        """Cycles of one instruction; of a loop, those of all its turns."""
+        if i.op != "while":
+            return _cycles(i)
+        return self._trips(i) * sum(map(self.spent, self.computations[_scheduled(i)[0]]))
+
     def collectives(self, instructions: list[_Instruction], times: int) -> list[Collective]:
         """Those of one computation; one that is spread over several instructions (a start, others
         that carry it on beside work of their own, a done) has one channel in all of them."""
@@ -121,7 +127,7 @@ class _Program:
         started: dict[str, tuple] = {}
         for at, i in enumerate(instructions):
             for c in self.inside(i):
-                channel = _CHANNEL.search(c.rest)
+                channel = None if c is i and i.op.endswith("-start") else _CHANNEL.search(c.rest)
                 key = _kind(c), channel[1] if channel else c.name
                 spans.setdefault(key, [c, at, at])[2] = at
                 started[i.name] = key
@@ -129,7 +135,7 @@ class _Program:
             if i.op.endswith("-done") and operand in started:
                 spans[started[operand]][2] = at
         return [
-            _collective(c, instructions[first + 1 : last], times)
+            _collective(c, sum(map(self.spent, instructions[first + 1 : last])), times)
             for c, first, last in spans.values()
         ]
 
@@ -177,7 +183,7 @@ def _cycles(i: _Instruction) -> int:
     return int(found[1]) if found else 0
 
 
-def _collective(c: _Instruction, between: list[_Instruction], times: int) -> Collective:
+def _collective(c: _Instruction, hidden: int, times: int) -> Collective:
     kind, group = str(_kind(c)), _group(c)
     # a start's shape is a tuple of its operands, its results, and semaphores
     arrays = [_array_bytes(*array) for array in _ARRAY.findall(c.shape)]
@@ -192,7 +198,6 @@ def _collective(c: _Instruction, between: list[_Instruction], times: int) -> Col
         "collective-permute": result,
     }[kind]
     scope = _SCOPE.search(c.rest)
-    hidden = sum(map(_cycles, between))
     return Collective(kind, times, sent, result, group, hidden, scope[1] if scope else "")
 
 

@@ -10,6 +10,7 @@ import optax
 from seqlab.layers import auxiliary
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind
+from seqlab.parallel import compiler
 from seqlab.train.corpus import Batch
 
 
@@ -90,9 +91,10 @@ def make_step(
         }
         return optax.apply_updates(params, updates), state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler.options())
 
 
 def make_evaluation(skeleton: LM) -> Callable[[dict, Batch], Loss]:
     """evaluate(params, batch) -> Loss"""
-    return jax.jit(lambda params, batch: loss(bind(skeleton, params), batch))
+    total = lambda params, batch: loss(bind(skeleton, params), batch)
+    return jax.jit(total, compiler_options=compiler.options())

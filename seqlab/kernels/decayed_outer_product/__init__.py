@@ -13,7 +13,7 @@ from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
 
 
-@recurrence(xla=xla.chunked, transition=xla.transition)
+@recurrence(xla=xla.chunked, transition=xla.transition, apart=xla.apart)
 def decayed_outer_product(
     q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser=False
 ):

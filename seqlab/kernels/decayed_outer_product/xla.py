@@ -41,6 +41,28 @@ def transition(
     return chunk_scan.transition(OuterProduct, tokens, chunk_length(q, chunk_size))
 
 
+def apart(
+    hops, q, k, v, log_decay, reset, nothing, *, chunk_size: int = 64, normaliser: bool = False
+):
+    """See `recurrence`: what a state brings is one product more."""
+    tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
+    size = chunk_length(q, chunk_size)
+    found = chunk_scan.apart(OuterProduct, tokens, nothing, size, hops, _remembered)
+    if found is None:
+        return None
+    return found._replace(finish=lambda *results: read(found.finish(*results), v, normaliser))
+
+
+def _remembered(q, k, v, log_decay, reset, state):
+    """What tokens [B, T, ...] that write nothing read of a state, [B, T, H, V], and leave of it."""
+    here = (jnp.cumsum(reset, 1) == 0)[..., None, None]
+    decay = jnp.exp(jnp.where(here, jnp.cumsum(log_decay, 1), -jnp.inf))
+    rows = jnp.repeat(q, state.shape[1] // q.shape[2], 2)
+    few = lambda a: a.astype(q.dtype)
+    y = dot("bthk,bhkv->bthv", few(rows * decay), few(state))
+    return y, decay[:, -1, ..., None] * state
+
+
 def written(v: jax.Array, normaliser: bool) -> jax.Array:
     """What is written: v [B, T, H, V], beside it a column of ones if there is a normaliser."""
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1) if normaliser else v
