@@ -192,6 +192,7 @@ def test_int8_of_a_matrix_is_as_near_as_rows_and_columns_of_eight_bits_are():
         ("dense", "--pack int8", "takes --calibrate FILE"),
         ("bit", "--pack ternary --calibrate text", "takes --calibrate FILE"),
         ("dense", "--pack int8 --calibrate none", "none cannot be read"),
+        ("dense", "--pack int8 --calibrate /dev/null", "/dev/null is empty: give a text"),
         ("dense", "--pack int8 --calibrate text --squeeze", "no trits: leave --squeeze"),
         ("bit", "--pack ternary eps=1", "stays as it was trained: leave 'eps=1'"),
         ("dense", "--pack ptqtp plane=2", "no field 'plane'"),

@@ -93,9 +93,9 @@ def _batches(model: lm.LM, source: pathlib.Path, text: pathlib.Path) -> list[np.
             begins = file.read(CHARACTERS)
     except (OSError, UnicodeError) as error:
         raise DataError(f"{text} cannot be read ({error}): give a text file.") from error
-    ids = store.load_tokenizer(source).document(begins)
-    if not begins or ids.max() >= model.config.vocab:
-        raise DataError(f"{text} is no text for this model: it is empty, or of other tokens.")
+    if not begins:
+        raise DataError(f"{text} is empty: give a text such as the model is to read.")
+    ids = store.load_tokenizer(source, model).document(begins)
     T = min(ROW, len(ids), model.max_length or ROW)
     rows = ids[: len(ids) // T * T].reshape(-1, T)[:ROWS]
     B = min(BATCH, len(rows))
