@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
+from benchmarks import tasks
 from seqlab import cli, settings
 from seqlab.compare import budget, command, entries, labels, published, results, trial
 from seqlab.compare.budget import Budget
@@ -24,7 +25,7 @@ from seqlab.errors import ConfigError
 from seqlab.layers import registry
 from seqlab.layers.mixer import Mixer
 from seqlab.models import lm
-from seqlab.tasks import Accuracy, Examples, Protocol, mqar
+from seqlab.tasks import Accuracy, Examples, Protocol, mqar, protocol
 from seqlab.train.lock import RunLock
 
 SHORT = mqar.Config(32, 16, 2)
@@ -274,9 +275,7 @@ def test_fields_of_a_mixer_may_hold_commas():
     ],
 )
 def test_bad_input_is_one_sentence(options, says, tmp_path, monkeypatch, capsys):
-    from seqlab import tasks
-
-    monkeypatch.setattr(command, "protocol", tasks.protocol)
+    monkeypatch.setattr(command, "protocol", protocol)
     monkeypatch.setattr("sys.argv", ["seqlab", "compare", *options, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as exit:
         cli.main()
@@ -332,3 +331,15 @@ def _shown(board) -> str:
     console = Console(file=io.StringIO(), width=120)
     console.print(board.table())
     return console.file.getvalue()
+
+
+def test_the_table_of_all_mixers_has_them_all_and_is_drawn_from_its_rows():
+    asked = tasks.entries()
+    assert {label.partition("(")[0] for label in asked} == set(registry.own_mixers())
+    tests = {tasks.SHORT: Accuracy(0.5, 0.25), tasks.LONG: Accuracy(0.25, 0.0)}
+    runs = (Run(1e-2, 0, 4, 2.0, 2.0, 0.5, tests),), (Run(1e-2, 0, 4, 2.0, 2.0, None, {}, 3),)
+    whole, broken = (Result("gla", 64, {}, {}, 12, 34, run) for run in runs)
+    told = json.loads(json.dumps([tasks.row(whole), tasks.row(broken)], allow_nan=False))
+    again, lost = map(tasks.restored, told)
+    assert (again.label, again.state_bytes, again.accuracy) == ("gla", 34, whole.accuracy)
+    assert math.isnan(lost.accuracy)
