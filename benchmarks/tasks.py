@@ -129,7 +129,8 @@ def finished() -> list[Result]:
 
 def tell(found: list[Result], minutes: float) -> int:
     """The page, the pictures, the table and the verdicts; 0 if all of them hold."""
-    named = [dataclasses.replace(r, label=NAMES.get(r.label, r.label)) for r in found]
+    short = lambda label: NAMES.get(label, label.partition("(")[0])
+    named = [dataclasses.replace(r, label=short(r.label)) for r in found]
     facts = {"Steps": f"as the table says: {STEPS}, or those of a target", "Rate": "0.01"}
     print(report.write(OUT, named, "mqar", protocol("mqar"), facts))
     draw(named)

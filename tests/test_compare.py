@@ -315,12 +315,24 @@ def test_names_cover_neither_each_other_nor_points():
     axes = figure.add_subplot(xlim=(0, 1.3), ylim=(0, 1))
     points = rng.uniform(size=(40, 2)) * [1, 0.2] + [0, 0.8]
     named = [labels.Label(f"mixer_{i}", x, y, "black") for i, (x, y) in enumerate(points)]
-    labels.write(axes, named, [[point] for point in points])
+    labels.around(axes, named, [[point] for point in points])
     boxes = [text.get_window_extent() for text in axes.texts]
     pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
     assert len(boxes) == 40 and not any(a.overlaps(b) for a, b in pairs)
     pixels = axes.transData.transform(points)
     assert sum(box.contains(*point) for box in boxes for point in pixels) <= 1
+
+
+def test_names_in_a_column_keep_the_order_of_their_points():
+    figure = Figure((8, 5), layout="constrained")
+    axes = figure.add_subplot(xlim=(0, 2), ylim=(0, 1))
+    heights = np.array([0.5, 0.01, 0.02, 0.9, 0.01, 0.99, 1.0, 1.0])
+    labels.column(axes, [labels.Label(str(y), 1.0, y, "black") for y in heights])
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [float(text.get_text()) for text in axes.texts] == sorted(heights)
+    assert all(low.y1 <= high.y0 + 2 for low, high in zip(boxes, boxes[1:], strict=False))
+    middle = axes.transData.inverted().transform((0, (boxes[3].y0 + boxes[3].y1) / 2))[1]
+    assert middle == pytest.approx(0.5, abs=0.01)  # nothing is in its way
 
 
 def test_a_terminal_gets_a_table_that_lives():

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 SIZE = 7.5  # of the letters, in points
@@ -16,7 +17,6 @@ AROUND = [
     for r in (6, 12, 20, 30, 42, 56, 72)
     for angle in np.deg2rad([0, 180, 40, -40, 140, -140, 90, -90, 20, -20, 160, -160])
 ]
-RIGHT = [(8.0, 0.0), *((20.0, sign * 3.0 * n) for n in range(1, 100) for sign in (1, -1))]
 
 
 class Label(NamedTuple):
@@ -26,34 +26,62 @@ class Label(NamedTuple):
     colour: str
 
 
-def write(
-    axes: Axes,
-    labels: Sequence[Label],
-    lines: Iterable[Sequence[tuple[float, float]]] = (),
-    offsets: Sequence[tuple[float, float]] = AROUND,
+def around(
+    axes: Axes, labels: Sequence[Label], lines: Iterable[Sequence[tuple[float, float]]]
 ) -> None:
-    """Write each label at the offset from its point that covers least, with a line to the point
-    where it is not close. `lines` are to stay visible. Limits and scales of the axes are final."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None, "axes are of a figure"
-    figure.draw_without_rendering()  # so that the layout is known
-    pixel, to_pixels = figure.dpi / 72, axes.transData.transform
-    seen = np.concatenate([_along(to_pixels(np.array(line, float))) for line in lines])
-    points = to_pixels([(label.x, label.y) for label in labels])
+    """Write each label where it covers least, with a line to its point where it is not close.
+
+    `lines` are to stay visible. Limits and scales of the axes are final.
+    """
+    pixel, points = _pixels(axes, labels)
+    seen = np.concatenate([_along(axes.transData.transform(np.array(line))) for line in lines])
     taken: list[Bbox] = []
     for at in np.argsort(-points[:, 1], kind="stable"):
-        label, point = labels[at], points[at]
-        text = axes.text(0, 0, label.text, fontsize=SIZE, color=label.colour, va="center")
-        text.set_in_layout(False)
+        text = _text(axes, labels[at])
         extent = text.get_window_extent()
-        boxes = [_box(point, np.array(offset) * pixel, extent) for offset in offsets]
+        boxes = [_box(points[at], np.array(offset) * pixel, extent) for offset in AROUND]
         costs = [_cost(box, taken, seen, axes.bbox) for box in boxes]
         best = int(np.argmin(np.array(costs) + 0.03 * np.arange(len(costs))))
         taken.append(box := boxes[best])
-        middle = axes.transData.inverted().transform((box.x0, (box.y0 + box.y1) / 2))
-        text.set_position((float(middle[0]), float(middle[1])))
-        if np.hypot(*offsets[best]) > CLOSE:
-            _lead(axes, point, box, label.colour)
+        _put(axes, text, box.x0, (box.y0 + box.y1) / 2)
+        if np.hypot(*AROUND[best]) > CLOSE:
+            middle = (box.y0 + box.y1) / 2
+            _lead(axes, points[at], np.clip(points[at], (box.x0, middle), (box.x1, middle)), text)
+
+
+def column(axes: Axes, labels: Sequence[Label]) -> None:
+    """Write labels right of their points in one column, in the order of the points: each as high
+    as its point, or else just above the one below it."""
+    pixel, points = _pixels(axes, labels)
+    order = np.argsort(points[:, 1], kind="stable")
+    steps = 1.25 * SIZE * pixel * np.arange(len(labels))
+    heights = np.maximum.accumulate(points[order, 1] - steps) + steps
+    heights = np.minimum(heights, heights[-1:].clip(max=axes.bbox.y1) - steps[::-1])
+    x = points[:, 0].max() + 22 * pixel
+    for at, height in zip(order, heights, strict=True):
+        text = _text(axes, labels[at])
+        _put(axes, text, x, height)
+        _lead(axes, points[at] + [5 * pixel, 0], np.array([x - 2 * pixel, height]), text)
+
+
+def _pixels(axes: Axes, labels: Sequence[Label]) -> tuple[float, np.ndarray]:
+    """A point in pixels, and the labels' places in pixels [N, 2], when the layout is known."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "axes are of a figure"
+    figure.draw_without_rendering()
+    return figure.dpi / 72, axes.transData.transform([(label.x, label.y) for label in labels])
+
+
+def _text(axes: Axes, label: Label) -> Text:
+    text = axes.text(0, 0, label.text, fontsize=SIZE, color=label.colour, va="center")
+    text.set_in_layout(False)
+    return text
+
+
+def _put(axes: Axes, text: Text, x: float, y: float) -> None:
+    """With its left edge at x and its middle at y, in pixels."""
+    left, middle = axes.transData.inverted().transform((x, y))
+    text.set_position((float(left), float(middle)))
 
 
 def _along(corners: np.ndarray) -> np.ndarray:
@@ -76,12 +104,12 @@ def _cost(box: Bbox, taken: list[Bbox], seen: np.ndarray, frame: Bbox) -> float:
     covered = sum(s.width * s.height for s in shared if s is not None) / (box.width * box.height)
     near = box.padded(2)
     hidden = ((seen >= near.min) & (seen <= near.max)).all(1).sum()
-    beyond = max(0.0, *frame.min - box.min, *box.max - frame.max)
-    return 40 * covered + min(hidden, 8) + beyond / box.height
+    beyond = max(0.0, *np.subtract(frame.min, box.min), *np.subtract(box.max, frame.max))
+    return 40 * covered + min(hidden, 8) + 4 * beyond / box.height
 
 
-def _lead(axes: Axes, point: np.ndarray, box: Bbox, colour: str) -> None:
-    """A thin line from the point to the nearest place of the box."""
-    end = np.clip(point, [box.x0 - 2, (box.y0 + box.y1) / 2], [box.x1 + 2, (box.y0 + box.y1) / 2])
-    xs, ys = axes.transData.inverted().transform([point, end]).T
-    axes.plot(xs, ys, color=colour, lw=0.5, alpha=0.6, zorder=1, scalex=False, scaley=False)
+def _lead(axes: Axes, start: np.ndarray, end: np.ndarray, text: Text) -> None:
+    """A thin line between two places in pixels."""
+    xs, ys = axes.transData.inverted().transform([start, end]).T
+    look = {"color": text.get_color(), "lw": 0.5, "alpha": 0.6, "zorder": 1}
+    axes.plot(xs, ys, scalex=False, scaley=False, **look)

@@ -46,7 +46,7 @@ def draw(
     drawn = []
     if shown:
         theirs = [group for group in known if group.against == "state"]
-        size = (WIDTH, 5.4)
+        size = (WIDTH, 5.8)
         drawn.append(Picture("accuracy_state", "Accuracy against bytes of state", size))
         for theme in THEMES:
             _save(folder, drawn[-1], theme, _against_state(theme, size, shown, tests, theirs))
@@ -90,7 +90,7 @@ def _against_length(theme, size, results, tests, ticks, theirs) -> Figure:
         beside.set_xscale("log", base=2)
         beside.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         beside.set_xlabel("tokens", color=theme.muted, fontsize=9)
-    _curves(ours, theme, curves, labels.RIGHT)
+    _curves(ours, theme, curves, in_column=True)
     _published(beside, theme, theirs)
     return figure
 
@@ -128,7 +128,7 @@ def _title(axes: Axes, theme: Theme, title: str, note: str) -> None:
     axes.annotate(note, (0, 1), xycoords="axes fraction", color=theme.muted, fontsize=8, **place)
 
 
-def _curves(axes: Axes, theme: Theme, curves: Curves, offsets=labels.AROUND) -> None:
+def _curves(axes: Axes, theme: Theme, curves: Curves, in_column: bool = False) -> None:
     """A line each with its name at the end."""
     ends = []
     for at, (name, points) in enumerate(sorted(curves.items())):
@@ -136,7 +136,10 @@ def _curves(axes: Axes, theme: Theme, curves: Curves, offsets=labels.AROUND) -> 
         xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, color=colour, lw=1.3, marker="o", ms=4.5, zorder=3)
         ends.append(Label(name, xs[-1], ys[-1], colour))
-    labels.write(axes, ends, curves.values(), offsets)
+    if in_column:
+        labels.column(axes, ends)
+    else:
+        labels.around(axes, ends, curves.values())
 
 
 def _published(axes: Axes | None, theme: Theme, theirs: Sequence[Published]) -> None:
