@@ -333,6 +333,14 @@ def test_a_mesh_trains_as_one_device_does_and_resumes_on_another(texts, whole, t
     assert saved[1]["step"] == 6
 
 
+def test_documents_in_turns_train_as_one_device_does_and_log_the_gain(texts, whole, tmp_path):
+    mesh = Mesh(seq=2, groups=True)
+    _, said = again(texts, tmp_path / "run", mesh=mesh, steps=4, evaluate_every=0)
+    assert "Documents take turns with rows on so many devices:" in said
+    assert_close(np.float32(losses(tmp_path / "run")), np.float32(losses(whole)[:4]), GRADIENT)
+    assert all(row["predicted_speedup"] >= 1 for row in rows(tmp_path / "run"))
+
+
 def test_a_window_too_short_for_a_document_is_refused_where_the_batch_is_placed(texts, tmp_path):
     window = Mesh(seq=4, strategy="window", hops=1)
     with pytest.raises(DataError, match="A document begins 3 devices before its end but mesh.hops"):
