@@ -63,9 +63,7 @@ def quantizers(which: int) -> list[record.Claim]:
     with jax.enable_x64(True):
         for planes in (1, 2, 3):
             name = f"{planes} plane{'s' * (planes > 1)}"
-            near[name] = trit_planes.restored(
-                *jax.jit(trit_planes.fit, static_argnums=1)(w, planes)
-            )
+            near[name] = trit_planes.restored(*trit_planes.fit(w, planes))
     about = "with outliers" if which else "normal weights"
     return [_near(f"{name}, {about}", away(near[name], w), REFERENCE[name][which]) for name in near]
 

@@ -87,13 +87,13 @@ def test_generation_for_the_harness_stops_at_its_strings(model):
     answers = Answers(model, ByteTokenizer(), batch=2)
     contexts = ["a cat", "the mat of the dog", "x"]
     free = [
-        ByteTokenizer().decode(generate(model, np.array([256, *c.encode()]), steps=12, stop=256))
+        ByteTokenizer().decode(generate(model, np.array([256, *c.encode()]), steps=70, stop=256))
         for c in contexts
     ]
-    options = {"until": [], "max_gen_toks": 12}
+    options = {"until": [], "max_gen_toks": 70}
     assert answers.generate_until([(c, options) for c in contexts]) == free
     stop = free[0][2:4]
-    cut = answers.generate_until([(c, {"until": [stop], "max_gen_toks": 12}) for c in contexts])
+    cut = answers.generate_until([(c, {"until": [stop], "max_gen_toks": 70}) for c in contexts])
     assert cut == [text.partition(stop)[0] for text in free] and len(cut[0]) <= 2
 
 

@@ -4,25 +4,27 @@ import functools
 import importlib
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import save_file
 
 import seqlab
 from seqlab.conformance.tolerance import assert_same_rounded_logits
 from seqlab.errors import ModelError
 from seqlab.layers import bit_linear, ffn, norm
 from seqlab.layers.mixers import attention, mlgru
-from seqlab.models import lm
+from seqlab.models import lm, tensors
 from seqlab.models.families import hgrn_bit
 from seqlab.models.parameters import parameters
 from seqlab.models.summary import parameter_count
 from seqlab.train.config import load
 from tests import hf_models
 from tests.fla_models import LAYERS, D, hold, rms, under
-from tests.hf_folders import bits
+from tests.hf_folders import CONFIG, bits, write
 from tests.hf_models import TINY
 
 INNER = 64
@@ -161,3 +163,48 @@ def test_a_model_of_ours_that_is_built_like_bitnet_is_exported_as_one(normed, tm
     tokens = np.random.default_rng(0).integers(0, 97, (hf_models.B, hf_models.T), np.int32)
     expected = hf_models.torch_logits(theirs.eval(), tokens)
     assert_same_rounded_logits(hf_models.logits(model, tokens), expected)
+
+
+def pack(bitnet, folder, target):
+    """A folder with latent weights as the packed one that transformers reads "offline"."""
+    held, packed = tensors.read(folder), {}
+    for name, array in held.items():
+        packed[name] = torch.tensor(array)
+        if "_proj." in name:
+            scale = packed[name].abs().mean()
+            trits = (packed[name] / scale).round().clamp(-1, 1)
+            packed[name] = bitnet.pack_weights(trits)
+            packed[f"{name}_scale"] = scale[None]
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"]["quantization_mode"] = "offline"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(fields))
+    save_file(packed, target / "model.safetensors", {"format": "pt"})
+
+
+def test_a_packed_bitnet_is_read_as_it_lies_and_written_back(tmp_path, bitnet):
+    adjust = functools.partial(rounded, bitnet)
+    hf_models.build(transformers.BitNetConfig(**TINY), tmp_path / "latent", adjust)
+    pack(bitnet, tmp_path / "latent", tmp_path / "packed")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", attn_implementation="eager", dtype=torch.float32
+    )
+    model = seqlab.load(tmp_path / "packed")
+    assert parameters(model)["blocks.0.mixer.q.codes"].dtype == jnp.uint8
+    tokens = np.random.default_rng(0).integers(0, 97, (hf_models.B, hf_models.T), np.int32)
+    expected = hf_models.torch_logits(theirs.eval(), tokens)
+    assert_same_rounded_logits(hf_models.logits(model, tokens), expected)
+    seqlab.export_hf(model, tmp_path / "exported")
+    assert bits(tensors.read(tmp_path / "exported")) == bits(tensors.read(tmp_path / "packed"))
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [({"linear_class": "bitlinear"}, "'bitlinear'.*offline"), ({"quant_method": "gptq"}, "gptq")],
+)
+def test_a_bitnet_that_is_packed_in_another_way_is_refused(changed, message, tmp_path):
+    method = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
+    quantized = method | {"quantization_mode": "offline"} | changed
+    fields = CONFIG | {"model_type": "bitnet", "quantization_config": quantized}
+    with pytest.raises(ModelError, match=message):
+        seqlab.load(write(tmp_path / "packed", fields))

@@ -61,6 +61,7 @@ VARIANTS = {
     "slstm": [{"heads": 2, "conv_width": 0}],
     "mamba": [{"norm": "weighted", "bias": True, "conv_bias": False, "dt_rank": 3}],
     "min_gru": [{"expand": 2.0, "positive": False}],
+    "ttt": [{"depth": 2, "conv_width": 0, "rope_base": None}],
     "mom": [
         {
             "base": "gated_linear",
@@ -150,6 +151,11 @@ def test_mixer_has_the_property(case, prove):
         ("gru", "heads"),
         ("elman", "heads"),
         ("attention", "heads kv_heads head_dim window max_length rope_base"),
+        ("titans_lmm", "heads depth expand conv_width max_inner_lr norm_eps chunk_size"),
+        ("titans_mac", "heads persistent rope_base norm_eps"),
+        ("titans_mag", "norm_eps"),
+        ("titans_mal", "norm_eps"),
+        ("ttt", "heads depth expand base_lr conv_width rope_base norm_eps chunk_size"),
     ],
 )
 @pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf")])

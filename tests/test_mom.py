@@ -141,6 +141,20 @@ def test_one_token_touches_the_memories_it_chose_alone():
         assert np.isnan(np.asarray(new)[:, :, ~chosen]).all()
 
 
+def test_one_token_needs_no_copy_of_all_memories():
+    def temporary(memories):
+        mixer = jax.eval_shape(lambda: mom.Config(memories=memories).build(D, rngs=nnx.Rngs(0)))
+        state = jax.eval_shape(
+            lambda: mom.Config(memories=memories).build(D, rngs=nnx.Rngs(0)).init_state(B)
+        )
+        step = jax.jit(lambda mixer, x, state: mixer(x, state), donate_argnums=2)
+        one = jax.ShapeDtypeStruct((B, 1, D), jnp.float32)
+        return step.lower(mixer, one, state).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporary(8), temporary(64)
+    assert many < few + B * 2 * 16 * 16 * 4 * (64 - 8) / 4
+
+
 def test_shards_without_a_memory_pass_it_on():
     """Each of four devices has the tokens of one memory; a document starts on the third."""
     rng = np.random.default_rng(3)

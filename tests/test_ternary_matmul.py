@@ -133,8 +133,8 @@ def test_an_unknown_implementation_is_refused():
     [
         ("v5e:2x2", 1, 2048, 2048, 1),
         ("v5e:2x2", 300, 2816, 1000, 1),
-        ("v5p:2x2x1", 3, 171, 40, 1),
-        ("v5e:2x2", 8, 4100, 256, 0),  # one block of all inputs is too large
+        ("v5p:2x2x1", 3, 1370, 40, 1),
+        ("v5e:2x2", 8, 8204, 256, 0),  # one block of all inputs is too large
     ],
 )
 def test_on_a_tpu_it_is_the_kernel(name, M, K, N, kernels):
@@ -167,7 +167,7 @@ def test_planes_of_trits_are_as_near_as_published(outliers, published):
     """And nearer than the one plane that ternary weights are, whose error is 0.51 and 0.60."""
     w = gaussian(outliers)
     with jax.enable_x64(True):
-        fits = [jax.jit(trit_planes.fit, static_argnums=1)(w, planes) for planes in (1, 2, 3)]
+        fits = [trit_planes.fit(w, planes) for planes in (1, 2, 3)]
     errors = [away(trit_planes.restored(*fitted), w) for fitted in fits]
     assert all(0.9 * there < e < 1.02 * there for e, there in zip(errors, published, strict=True))
     codes, scale = ternary(w)
@@ -186,6 +186,13 @@ def test_a_fit_never_gets_worse():
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
 
 
+def test_of_trits_that_say_the_same_those_with_most_zeros_are_taken():
+    w, scales = jnp.array([0.0, 1.0, -1.0, 2.0]).reshape(1, 4, 1), jnp.ones((2, 1, 1))
+    taken = trit_planes._trits(w, scales)
+    np.testing.assert_array_equal(jnp.sum(taken, 0), w)
+    np.testing.assert_array_equal(jnp.sum(jnp.abs(taken), 0), jnp.abs(w))
+
+
 def test_what_planes_of_trits_can_say_they_say():
     """Also inputs that are no whole number of groups, zeros, and two planes of one scale."""
     w = np.concatenate([np.full((100, 3), 0.5), -np.full((60, 3), 2.0), np.zeros((11, 3))])
@@ -193,4 +200,4 @@ def test_what_planes_of_trits_can_say_they_say():
         fitted, scales = trit_planes.fit(w, 2)
         np.testing.assert_allclose(trit_planes.restored(fitted, scales), w, atol=1e-6)
     assert fitted.shape == (2, 171, 3) and scales.shape == (2, 2, 3)
-    assert not np.asarray(fitted)[:, 160:].any(), "the fewest trits that say it"
+    assert not np.asarray(fitted)[:, 160:].any()

@@ -84,12 +84,12 @@ def run(
     with Console(stderr=True).status("loading") as status:
         found = evaluate(path, words, say=status.update, **options)
     written = json.dumps(found, indent=1)
-    if out is not None:
-        _write(out, written + "\n")
     if as_json:
         print(written)
     else:
         report.show(found, Console())
+    if out is not None:
+        _write(out, written + "\n")
 
 
 def _scored(model: Any, setting: asked.Setting, examples, batch: int) -> dict[str, Any]:

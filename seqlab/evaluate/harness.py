@@ -125,11 +125,12 @@ class Answers:
                 f"A request for {steps} tokens leaves no room for its context in the model's "
                 f"max_length of {limit}: lower max_gen_toks."
             )
-        rows = [self._tokenizer.prompt(context) for context in contexts]
+        rows = [self._tokenizer.prompt(context) or [self._prefix] for context in contexts]
         if limit is not None:
             rows = [row[steps - limit :] for row in rows]
+        rows += rows[-1:] * (self._batch - len(rows))  # one program for all batches
         session = Session(self._model)
-        session.feed([np.array(row or [self._prefix], np.int32) for row in rows])
+        session.feed([np.array(row, np.int32) for row in rows])
         ids: list[list[int]] = [[] for _ in rows]
         texts = [""] * len(rows)
         for block in session.generate(steps, sampling, stop=self._tokenizer.stops or None):
@@ -138,7 +139,7 @@ class Answers:
                 texts[row] = self._tokenizer.decode(ids[row])
             if all(any(stop in text for stop in until) for text in texts):
                 break
-        return [_cut(text, until) for text in texts]
+        return [_cut(text, until) for text in texts[: len(contexts)]]
 
 
 def _options(options: dict[str, Any]) -> tuple[int, list[str], Sampling]:

@@ -58,17 +58,20 @@ class Reader:
         return max(1 << (most.bit_length() - 1), min(SHORTEST, self.model.max_length or SHORTEST))
 
     def read(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Said]]:
-        """What is said of one chunk while the device works on the next."""
+        """What is said of one chunk while the device works on the next.
+
+        Raises ModelError where it is not a number.
+        """
         state, before = None, None
         for chunk in chunks:
             if state is None:
                 state = self.model.init_state(len(chunk.tokens))
             state, said = _read(self._structure, self._params, state, *chunk)
             if before is not None:
-                yield before[0], Said(*map(np.asarray, before[1]))
+                yield before[0], _arrived(before[1])
             before = chunk, said
         if before is not None:
-            yield before[0], Said(*map(np.asarray, before[1]))
+            yield before[0], _arrived(before[1])
 
     def require_room(self, length: int, what: str, remedy: str) -> None:
         """Raises ModelError where a document of `length` tokens is longer than the model holds."""
@@ -79,9 +82,16 @@ class Reader:
             )
 
 
+def _arrived(said: tuple[jax.Array, jax.Array]) -> Said:
+    arrays = Said(*map(np.asarray, said))
+    if np.isnan(arrays.nats).any():
+        raise ModelError("The model's logits are not numbers: its weights are damaged.")
+    return arrays
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read(structure, params, state, tokens, targets, reset):
     model = bind(structure.unflatten(range(structure.num_leaves)), params)
     logits, state = model(tokens, state, reset=reset)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
     return state, (nats, jnp.argmax(logits, -1).astype(jnp.int32))

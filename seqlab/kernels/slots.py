@@ -47,53 +47,50 @@ def laid(chosen: jax.Array, reset: jax.Array, memories: int, chunk: int, room: i
     B, T, k = chosen.shape
     length = -(-(room + T) // chunk)  # of a lane, in chunks
     count, documents = _enough(T * k + memories * room, memories, chunk)
-    at = lambda a, i: jnp.take_along_axis(a, i, 1)
-
-    mine = jnp.sum(jax.nn.one_hot(chosen, memories, dtype=jnp.int32), 2, jnp.int32)
-    before = jnp.cumsum(mine, 1, jnp.int32) - mine
-    start = lax.cummax(jnp.where(reset, jnp.arange(T, dtype=jnp.int32), 0), axis=1)[
-        ..., None
-    ]  # of the document
-    skipped = at(before, start)
-    rank = before - skipped  # within the document
     number = jnp.cumsum(reset, 1)
-    apart = (number[:, -1] < documents)[:, None, None] | (count >= memories * length)
-    begin = room + jnp.where(apart, start, skipped)
+    apart = (number[:, -1] < documents) | (count >= memories * length)
+    mine = jnp.sum(jax.nn.one_hot(chosen, memories, dtype=jnp.int32), 2, jnp.int32)  # [B, T, M]
+    begin, rank = _in_lanes(mine, reset, apart)
+    rows, each = jnp.arange(B)[:, None, None], jnp.arange(memories)
 
-    lane = (begin + rank) // chunk
-    rows = jnp.arange(B)[:, None, None]
-    held = jnp.zeros((B, memories, length), jnp.int32)
-    held = held.at[rows, jnp.arange(memories), lane].max(mine)
+    held = jnp.zeros((B, memories, length), jnp.int32)  # 1 where a lane's chunk holds anything
+    held = held.at[rows, each, (room + begin + rank) // chunk].max(mine)
     held = held.at[:, :, :1].max(jnp.int32(room > 0))
     listed = jnp.cumsum(held.reshape(B, -1), 1).reshape(held.shape) - held  # chunks before each
     slot = lambda m, at: listed[rows, m, at // chunk] * chunk + at % chunk
-
-    place = slot(chosen, jnp.take_along_axis(begin + rank, chosen, 2))
-    filled = jnp.zeros((B, min(count, memories * length) * chunk), bool)
-    source = jnp.zeros(filled.shape, jnp.int32)
-    source = source.at[rows, place].set(
-        jnp.arange(T * k, dtype=jnp.int32).reshape(T, k), unique_indices=True
-    )
-    filled = filled.at[rows, place].set(True, unique_indices=True)
     ends = jnp.cumsum(jnp.sum(held, 2), 1)[:, None] * chunk
-    owner = jnp.sum(ends <= jnp.arange(filled.shape[1])[:, None], -1).clip(max=memories - 1)
-    first = jnp.take_along_axis(rank, chosen, 2) == 0
-    starts = (first & (number > 0)[..., None]).reshape(B, -1)
 
+    place = slot(chosen, room + jnp.take_along_axis(begin + rank, chosen, 2))
+    first = (jnp.take_along_axis(rank, chosen, 2) == 0) & (number > 0)[..., None]
+    put = lambda empty, a: empty.at[rows, place].set(a, unique_indices=True)
+    none = jnp.zeros((B, min(count, memories * length) * chunk), bool)
+    choice = jnp.arange(T * k, dtype=jnp.int32).reshape(T, k)
     load = rank[:, -1] + mine[:, -1]
-    each, places = jnp.arange(memories)[:, None], jnp.arange(room)
-    end = slot(each, (begin[:, -1] - room + load)[..., None] + places)
     return Slots(
         place=place,
-        source=source,
-        filled=filled,
-        owner=owner,
-        reset=filled & at(starts, source),
-        room=slot(each, jnp.broadcast_to(places, (B, memories, room))),
-        end=end,
+        source=put(none.astype(jnp.int32), choice),
+        filled=put(none, True),
+        owner=jnp.sum(ends <= jnp.arange(none.shape[1])[:, None], -1).clip(max=memories - 1),
+        reset=put(none, first),
+        room=slot(each[:, None], jnp.broadcast_to(jnp.arange(room), (B, memories, room))),
+        end=slot(each[:, None], (begin[:, -1] + load)[..., None] + jnp.arange(room)),
         load=load,
         same=number[:, -1] == 0,
     )
+
+
+def _in_lanes(mine: jax.Array, reset: jax.Array, apart: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where in each lane a token's document begins, behind the room, and how many of its tokens are
+    before this one: [B, T, M] each, of mine [B, T, M], 1 where a memory was chosen.
+
+    Documents begin where they do in the row where these are to be `apart` [B], or else where those
+    before them end.
+    """
+    time = jnp.arange(reset.shape[1], dtype=jnp.int32)
+    start = lax.cummax(jnp.where(reset, time, 0), axis=1)[..., None]
+    before = jnp.cumsum(mine, 1, jnp.int32) - mine
+    skipped = jnp.take_along_axis(before, start, 1)
+    return jnp.where(apart[:, None, None], start, skipped), before - skipped
 
 
 def _enough(slots: int, memories: int, chunk: int) -> tuple[int, int]:

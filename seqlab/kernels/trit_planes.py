@@ -12,6 +12,7 @@ GROUP = 128  # inputs that share their scales
 ROUNDS, TOLERANCE = 50, 1e-4  # of the fit: at most so many, or until scales move no more than that
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def fit(weight: jax.Array, planes: int, group: int = GROUP) -> tuple[jax.Array, jax.Array]:
     """Trits [P, K, N] int8 and scales [P, G, N] whose `restored` is near weight [K, N].
 

@@ -32,7 +32,6 @@ class Config:
     def quantized(self, weight: jax.Array, path: str) -> dict[str, jax.Array]:
         """The arrays of a PTQTPLinear, from weights [..., d_in, d_out]."""
 
-        @jax.jit
         def one(weight):
             trits, scales = fit(weight, self._planes(path), self.group)
             return {"planes": pack(trits), "scales": scales.astype(jnp.bfloat16)}

@@ -26,7 +26,7 @@ def largest_inputs(
         _Watched(part, functools.partial(_note, seen[path])) if path in seen else part
     )
     replace(watched, lambda part: type(part) is Linear, watch)
-    run = jax.jit(lambda model, tokens: model.hidden(tokens)[0])
+    run = jax.jit(lambda model, tokens: model(tokens)[0])
     for tokens in batches:
         jax.block_until_ready(run(watched, jnp.asarray(tokens)))
     jax.effects_barrier()

@@ -73,12 +73,12 @@ def conv(ours: str, theirs: str, width: int) -> list[Rule]:
 def transpose(*order: int) -> Step:
     """Permute the axes of each array: numpy's `transpose`."""
     back = tuple(int(i) for i in np.argsort(order))
-    return _each(lambda a: a.transpose(order), lambda a: a.transpose(back))
+    return each(lambda a: a.transpose(order), lambda a: a.transpose(back))
 
 
 def reshape(theirs: tuple[int, ...], ours: tuple[int, ...]) -> Step:
     """Reshape each array between these two shapes; one size of each may be -1."""
-    return _each(lambda a: a.reshape(ours), lambda a: a.reshape(theirs))
+    return each(lambda a: a.reshape(ours), lambda a: a.reshape(theirs))
 
 
 def split(*sizes: int, axis: int = 0) -> Step:
@@ -150,7 +150,8 @@ class Joined:
         return np.asarray(self[()], dtype)
 
 
-def _each(ours, theirs) -> Step:
+def each(ours: Callable[[np.ndarray], Any], theirs: Callable[[np.ndarray], Any]) -> Step:
+    """A function of each array, and its inverse."""
     return Step(
         lambda arrays: [ours(np.asarray(a)) for a in arrays],
         lambda arrays: [theirs(np.asarray(a)) for a in arrays],

@@ -106,11 +106,13 @@ def _compare_names(path, rules, tensors, ignored) -> None:
 def _read(path, rule: Rule, tensors, like) -> list:
     """Our arrays of one rule, checked."""
     given = [tensors[name] for name in rule.theirs]
+    ours = like[rule.ours[0]].dtype
+    known = WIDTHS if jnp.issubdtype(ours, jnp.floating) else (ours.name,)
     for name, array in zip(rule.theirs, given, strict=True):
-        if array.dtype.name not in WIDTHS:
+        if array.dtype.name not in known:
             raise ModelError(
-                f"{path}: {name} is {array.dtype}, and weights are {', '.join(WIDTHS)}: "
-                "take the float weights."
+                f"{path}: {name} is {array.dtype}, and weights are {', '.join(known)}: "
+                "take the float weights, with the config.json beside them."
             )
     wanted = [like[name].shape[rule.repeat is not None :] for name in rule.ours]
     try:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from seqlab.kernels.ternary_matmul.packing import PER_BYTE, block, rows
 
 ROWS, COLUMNS = 128, 256  # of the output that a step of the grid makes
-LARGEST = 256  # packed rows that it reads at most
+LARGEST = 2048  # packed rows that it reads at most
 
 
 def suits(K: int) -> bool:
