@@ -335,8 +335,7 @@ def test_a_mesh_trains_as_one_device_does_and_resumes_on_another(texts, whole, t
 
 def test_documents_in_turns_train_as_one_device_does_and_log_the_gain(texts, whole, tmp_path):
     mesh = Mesh(seq=2, groups=True)
-    _, said = again(texts, tmp_path / "run", mesh=mesh, steps=4, evaluate_every=0)
-    assert "Documents take turns with rows on so many devices:" in said
+    again(texts, tmp_path / "run", mesh=mesh, steps=4, evaluate_every=0)
     assert_close(np.float32(losses(tmp_path / "run")), np.float32(losses(whole)[:4]), GRADIENT)
     assert all(row["predicted_speedup"] >= 1 for row in rows(tmp_path / "run"))
 

@@ -2,6 +2,7 @@
 and the gradients of all turns add up to that of the batch."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,18 +29,16 @@ class TurnTraining:
     """What `states.place` and `make_step` are, where rows of several lengths take turns.
 
     To be used inside of the `use_mesh` that made the mesh. `say` is told the turns of the first
-    batch. One program is compiled for each number of devices that shares a row.
+    batch. One program is compiled for each number of devices that shares a row, all of them in the
+    first step: whoever watches the run expects that it takes long, and no other.
     """
 
     def __init__(self, model: LM, optimizer: optax.GradientTransformation, mesh: Mesh, say):
         self.mesh, self._say, self.costs = mesh, say, costs(model)
-        weights = states.abstract(model, optimizer, mesh).params
-        where = {name: a.sharding for name, a in weights.items()}
-        self._gradient = jax.jit(
-            make_gradient(model),
-            out_shardings=(where, NamedSharding(mesh, P())),
-            compiler_options=compiler.options(),
-        )
+        self._weights = lambda mesh: {
+            name: a.sharding for name, a in states.abstract(model, optimizer, mesh).params.items()
+        }
+        self._gradient = jax.jit(make_gradient(model), compiler_options=compiler.options())
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._update = jax.jit(make_update(optimizer), donate_argnums=(0, 1, 2))
 
@@ -52,11 +51,13 @@ class TurnTraining:
         share = (batch.tokens.shape[1] - 1) // seq
         spans = documents(batch)
         plan = turns.plan([b - a for _, a, b in spans], share, data, seq, self.costs)
+        taken = list(plan.turns)
         if self._say is not None:
             self._say(f"Documents take {plan}")
             self._say = None
+            taken += [turns.Turn(2**i, ()) for i in range(seq.bit_length())]  # padding adds nothing
         placed = []
-        for devices, rows in plan.turns or (turns.Turn(1, ()),):
+        for devices, rows in taken or [turns.Turn(1, ())]:
             mesh = meshed(self.mesh, devices)
             size = mesh.shape[DATA], devices * share + 1
             whole = laid(batch, [[spans[i] for i in row] for row in rows], size)
@@ -67,11 +68,16 @@ class TurnTraining:
     def step(self, params: dict, state: Any, placed) -> tuple[dict, Any, dict[str, Any]]:
         """As the step of `make_step`; the metrics hold `predicted_speedup` too."""
         speedup, batches = placed
+        # a program may know one mesh only: weights move to that of the turn, gradients back
+        home = self._weights(self.mesh), NamedSharding(self.mesh, P())
         sums = None
-        for mesh, batch in batches:
-            with _on(mesh):
-                more = self._gradient(params, batch)
-            sums = more if sums is None else self._add(sums, more)
+        for mesh, alike in itertools.groupby(batches, key=lambda turn: turn[0]):
+            here = jax.device_put(params, self._weights(mesh))
+            for _, batch in alike:
+                with _on(mesh):
+                    more = self._gradient(here, batch)
+                more = jax.device_put(more, home)
+                sums = more if sums is None else self._add(sums, more)
         params, state, metrics = self._update(params, state, sums)
         return params, state, metrics | {"predicted_speedup": np.float32(speedup)}
 
