@@ -119,7 +119,7 @@ def measured(name: str, model: lm.LM, folder: pathlib.Path) -> dict:
 
 
 def projections(model: lm.LM) -> int:
-    """Bytes of the linear maps that packing replaces, with what belongs to them."""
+    """Bytes of the weights that packing replaces."""
     params = parameters(model)
     if model.config.linear.trained_as is not None:
         return pack.projection_bytes(model)[0]

@@ -46,13 +46,16 @@ TARGETS = (
     ("linear_attention(heads=2)", "linear attention, elu", 600, 0.934, 0.867),
 )
 
-#: Memories too small for the task: one alone, and four of which each token uses two.
-SMALL = "shared_memory=false,base=linear,heads=2,key_dim=8,value_dim=32"
-ONE, FOUR = f"mom(memories=1,top_k=1,{SMALL})", f"mom(memories=4,top_k=2,{SMALL})"
-SMALL_STEPS = 300
+#: Memories too small for the task: one alone, and four of the same size beside one that all tokens
+#: use, as MoM was published; a token uses two of the four.
+SMALL = "base=linear,heads=2,key_dim=4,value_dim=32,conv_width=0"
+ONE = f"mom(memories=1,top_k=1,shared_memory=false,{SMALL})"
+FOUR = f"mom(memories=4,top_k=2,{SMALL})"
+SMALL_STEPS = 600
+
 NAMES = {entry: name for entry, name, *_ in TARGETS} | {
     ONE: "one small memory",
-    FOUR: "MoM of 4 small memories",
+    FOUR: "MoM of four of them",
 }
 
 #: Two heads, as in Zoology, with all of the width in them.
@@ -155,7 +158,7 @@ def claims(found: list[Result], minutes: float) -> list[record.Claim]:
             says = f"{name}, {test}: at least {target:.3f} - {ALLOWED}"
             made.append(record.Claim(says, f"{reached:.3f}", reached >= target - ALLOWED))
     one, four = by_label[ONE].accuracy, by_label[FOUR].accuracy
-    says = "MoM of 4 memories, top 2, above one memory of the same size"
+    says = "MoM of 4 memories, top 2, above its base mixer with one such memory"
     made.append(record.Claim(says, f"{four:.3f} and {one:.3f}", four > one))
     there = {label.partition("(")[0] for label in by_label}
     made.append(

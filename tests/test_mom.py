@@ -216,14 +216,14 @@ def test_padding_has_no_say_in_the_balance():
     assert float(found["load_balance"].value) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("accumulate, remat", [(1, "none"), (2, "cheap")])
-def test_a_step_adds_the_balance_and_reports_it(accumulate, remat):
-    """By as much as the router's own gradient, through the scan over depth and recomputation."""
+def test_a_step_adds_the_balance_and_reports_it():
+    """Through the scan over depth, recomputation and a batch in parts; padding has no say."""
     rng = np.random.default_rng(5)
     ids = np.repeat([[1] * 12 + [2] * 8 + [0] * 5], 4, 0)
     batch = Batch(rng.integers(0, 9, ids.shape, np.int32), ids.astype(np.int32))
-    pattern = (mom.Config(aux_scale=3.0),)
-    model = lm.Config(vocab=9, d_model=D, pattern=pattern, repeats=2, remat=remat, ffn=None)
+    small = {"base": "linear", "conv_width": 0, "shared_memory": False}
+    pattern = (mom.Config(aux_scale=3.0, **small),)
+    model = lm.Config(vocab=9, d_model=D, pattern=pattern, repeats=2, remat="cheap", ffn=None)
     model = model.build(rngs=nnx.Rngs(0))
     params = parameters(model)
     optimizer = Optimizer().build(10, decays(model))
@@ -232,7 +232,7 @@ def test_a_step_adds_the_balance_and_reports_it(accumulate, remat):
     run = jax.jit(jax.value_and_grad(objective, has_aux=True))
     (nats, (total, seen)), grads = run(params, batch)
     padded = Batch(np.where(ids == 0, 3, batch.tokens), batch.segment_ids)
-    assert run(params, padded)[0] == (nats, (total, seen))  # padding has no say
+    assert run(params, padded)[0] == (nats, (total, seen))
     alone = jax.jit(jax.grad(lambda params: step.loss(step.bind(model, params), batch).nats))
     value = float(seen["load_balance"] / total.tokens)
     assert 1.9 < value < 4 and float(nats) == pytest.approx(
@@ -240,9 +240,9 @@ def test_a_step_adds_the_balance_and_reports_it(accumulate, remat):
     )
     expected = alone(params)
     assert any(not np.allclose(grads[n], expected[n], rtol=1e-2) for n in names)
-    made = step.make_step(model, optimizer, accumulate)
+    made = step.make_step(model, optimizer, accumulate=2)
     _, _, metrics = made(params, optimizer.init(params), batch)
-    assert float(metrics["load_balance"]) == pytest.approx(value, rel=0.05 * accumulate)
+    assert float(metrics["load_balance"]) == pytest.approx(value, rel=0.1)
     assert float(metrics["loss"]) == pytest.approx(float(total.nats / total.tokens), rel=1e-5)
 
 

@@ -26,7 +26,15 @@ def write(
     known = published.points(name)
     trained = [label for label, task, _ in protocol.test if task in dict(protocol.train)]
     drawn = pictures.draw(out, ordered, tests, known, trained)
+    best = ordered[0]
+    tiles = [
+        ("Best mean accuracy", _number(best.accuracy), best.label),
+        ("Its state", readable.size(best.state_bytes), ""),
+        ("Compared", f"{len(ordered)}", "" if len(ordered) > 1 else "nothing beside it yet"),
+        ("Time", readable.duration(sum(run.seconds for r in ordered for run in r.runs)), "in all"),
+    ]
     sections = [
+        page.tiles_grid(tiles),
         page.charts_grid([page.picture(p.name, p.alt, p.size) for p in drawn]),
         page.section("Results", _table(ordered, tests)),
         page.section("Terms", page.facts_list(_terms(protocol) | dict(facts))),

@@ -10,6 +10,7 @@ from seqlab import settings
 from seqlab.errors import ConfigError, DataError, ModelError
 from seqlab.layers import int8_linear, ptqtp_linear
 from seqlab.models import export, lm, pack, pretrained, published_tokenizer, store
+from seqlab.models.parameters import parameters
 
 CHARACTERS = 2**17  # of a calibration text that are read at most
 ROW, ROWS, BATCH = 256, 64, 8  # tokens in a row of it, rows at most, and at a time
@@ -72,9 +73,11 @@ def packed(
         model = pack.int8(model, config, _batches(model, source, calibrate))
     store.save(model, target, tokenizer=store.tokenizer_of(source), squeeze=squeeze)
     ours, in_bfloat16 = pack.projection_bytes(model)
+    whole = sum(array.nbytes for array in parameters(model).values())
     return (
-        f"{target} is a saved model for inference: its projections take {ours:,} bytes of memory, "
-        f"{in_bfloat16 / ours:.2f} times less than in bfloat16."
+        f"{target} is a saved model for inference: the weights of its projections take {ours:,} "
+        f"bytes of memory, {in_bfloat16 / ours:.2f} times less than in bfloat16, and all of it "
+        f"{whole:,}."
     )
 
 
@@ -90,9 +93,9 @@ def _batches(model: lm.LM, source: pathlib.Path, text: pathlib.Path) -> list[np.
             begins = file.read(CHARACTERS)
     except (OSError, UnicodeError) as error:
         raise DataError(f"{text} cannot be read ({error}): give a text file.") from error
-    ids = store.load_tokenizer(source).document(begins)
-    if not begins or ids.max() >= model.config.vocab:
-        raise DataError(f"{text} is no text for this model: it is empty, or of other tokens.")
+    if not begins:
+        raise DataError(f"{text} is empty: give a text such as the model is to read.")
+    ids = store.load_tokenizer(source, model).document(begins)
     T = min(ROW, len(ids), model.max_length or ROW)
     rows = ids[: len(ids) // T * T].reshape(-1, T)[:ROWS]
     B = min(BATCH, len(rows))

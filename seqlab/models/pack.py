@@ -47,12 +47,13 @@ def int8(model: lm.LM, config: int8_linear.Config, batches: Iterable[np.ndarray]
 
 
 def projection_bytes(model: lm.LM) -> tuple[int, int]:
-    """What the projections of a packed model take in memory, with norms of their own if they have
-    any, and what their weights would take in bfloat16."""
+    """What the weights of a packed model's projections take in memory, and what they would in
+    bfloat16. Norms and biases beside them are as large as ever, and do not count."""
     ours, theirs = parameters(model), parameters(_with(model, Dense()).skeleton())
-    weights = (theirs[f"{path}.weight"] for path in _replaced(theirs, ours))
-    packed = sum(ours[name].nbytes for name in ours.keys() - theirs.keys())
-    return packed, sum(2 * weight.size for weight in weights)
+    paths = _replaced(theirs, ours)
+    packed = [name for name in ours.keys() - theirs.keys() if name.rpartition(".")[0] in paths]
+    weights = (theirs[f"{path}.weight"] for path in paths)
+    return sum(ours[name].nbytes for name in packed), sum(2 * weight.size for weight in weights)
 
 
 def _check(model: lm.LM, config_class: type) -> None:

@@ -72,7 +72,7 @@ def page(
 ) -> str:
     """The whole document. A tile is (label, figure, remark); the first is the headline."""
     sections = [
-        _tiles(tiles),
+        tiles_grid(tiles),
         _charts(),
         section("Model", _model(model_table)) if model_table else "",
         section("Samples", "".join(map(_sample, samples))) if samples else "",
@@ -114,7 +114,7 @@ def section(title: str, body: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
 
 
-def _tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
+def tiles_grid(tiles: Sequence[tuple[str, str, str]]) -> str:
     cards = []
     for index, (label, figure, remark) in enumerate(tiles):
         kind = "card tile main" if index == 0 else "card tile"
