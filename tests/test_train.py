@@ -283,7 +283,8 @@ def poisoned(monkeypatch, bad: bytes):
         factor = jnp.where(jnp.any(batch.tokens == bad[0]), jnp.nan, 1.0)
         return total._replace(nats=total.nats * factor)
 
-    monkeypatch.setattr(step, "loss", loss)
+    gradient = step.make_gradient
+    monkeypatch.setattr(step, "make_gradient", lambda model, _: gradient(model, loss))
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(texts, tmp_path, monkeypatch, capsys):
@@ -337,7 +338,8 @@ def test_documents_in_turns_train_as_one_device_does_and_log_the_gain(texts, who
     mesh = Mesh(seq=2, groups=True)
     again(texts, tmp_path / "run", mesh=mesh, steps=4, evaluate_every=0)
     assert_close(np.float32(losses(tmp_path / "run")), np.float32(losses(whole)[:4]), GRADIENT)
-    assert all(row["predicted_speedup"] >= 1 for row in rows(tmp_path / "run"))
+    logged = [row["predicted_speedup"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(logged) == 4 and min(logged) >= 1
 
 
 def test_a_window_too_short_for_a_document_is_refused_where_the_batch_is_placed(texts, tmp_path):
