@@ -126,6 +126,9 @@ def generate(
         False
     ),
     system: Annotated[str | None, typer.Option(help="A system message before a --chat.")] = None,
+    read_twice: Annotated[
+        bool, typer.Option("--read-twice", help="Give the prompt twice, or as a prefix needs it.")
+    ] = False,
     max_length: MaxLength = None,
     mixer: MixerFiles = [],  # noqa: B006
 ) -> None:
@@ -150,6 +153,7 @@ def generate(
         as_json=json,
         chat=chat,
         system=system,
+        read_twice=read_twice,
         max_length=max_length,
     )
     raise typer.Exit(status)

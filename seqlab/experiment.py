@@ -9,6 +9,7 @@ import jax
 
 from seqlab.errors import SeqlabError
 from seqlab.infer.generate import generate
+from seqlab.infer.text import repeated
 from seqlab.models.summary import table
 from seqlab.parallel import processes
 from seqlab.train.config import Config
@@ -58,10 +59,14 @@ def conclude(config: Config, folder: pathlib.Path, outcome: Outcome, say) -> Non
 
 
 def continue_prompts(config: Config, outcome: Outcome) -> list[dict[str, str]]:
-    """Each of the config's sample prompts with its continuation."""
-    samples = []
+    """Each of the config's sample prompts with its continuation.
+
+    To a model with a prefix a prompt is given as often as it takes to fill it.
+    """
+    samples, prefix, encode = [], outcome.model.prefix, outcome.tokenizer.encode
     for seed, prompt in enumerate(config.samples):
-        ids = outcome.tokenizer.prompt(prompt)
+        read = repeated(prompt, encode, prefix) if prefix else prompt
+        ids = outcome.tokenizer.prompt(read)
         try:
             tokens = generate(
                 outcome.model,

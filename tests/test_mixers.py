@@ -58,6 +58,7 @@ VARIANTS = {
             "chunk_size": 32,
         }
     ],
+    "gated_conv": [{"expand": 2, "gate_before": False, "silu": True, "bias": True}],
     "slstm": [{"heads": 2, "conv_width": 0}],
     "mamba": [{"norm": "weighted", "bias": True, "conv_bias": False, "dt_rank": 3}],
     "min_gru": [{"expand": 2.0, "positive": False}],
@@ -143,8 +144,9 @@ def test_mixer_has_the_property(case, prove):
         ("min_gru", "expand"),
         ("min_lstm", "expand"),
         ("mlgru", "layer layers norm_eps"),
-        ("gated_conv", "conv_width"),
+        ("gated_conv", "conv_width expand"),
         ("base_conv", "conv_width"),
+        ("prefix_linear_attention", "prefix_len heads key_dim expand eps chunk_size"),
         ("rwkv4", "width layer layers"),
         ("rwkv4_channel_mix", "width layer layers"),
         ("lstm", "heads"),

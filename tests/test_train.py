@@ -276,7 +276,7 @@ COUNTERS = {"notfinite_count", "last_finite", "total_notfinite"}  # of optax.app
 
 def poisoned(monkeypatch, bad: bytes):
     """Every batch that holds this byte has a loss that is not a number."""
-    clean = step.loss
+    clean = step.cross_entropy
 
     def loss(model, batch):
         total = clean(model, batch)

@@ -10,7 +10,10 @@ LARGE = np.float32(1e3)  # garbage this large goes where nothing must be read
 
 
 def pieces_equal_the_whole(trial: Trial) -> Finding:
-    """Token by token, in halves, in odd lengths and in pieces shorter than a chunk."""
+    """Token by token, in halves, in odd lengths and in pieces shorter than a chunk.
+
+    Where a cut would fall into a prefix it waits for the first place that is in none.
+    """
     T, half, odd, short = trial.length, trial.half, trial.odd, trial.short
     expected = trial.run(trial.x, trial.state, trial.reset)
     cuts = {
@@ -38,10 +41,11 @@ def state_shape_is_fixed(trial: Trial) -> Finding:
 
 
 def future_is_not_seen(trial: Trial) -> Finding:
-    """Other tokens from t on leave every y before t the same, to the bit."""
+    """Other tokens from t on leave every y before t the same, to the bit (t is in no prefix)."""
     expected, _ = trial.run(trial.x, trial.state, trial.reset)
     findings = []
-    for t in (1, 7, trial.odd, trial.half, trial.length - 1):
+    cuts = (1, 7, trial.odd, trial.half, trial.length - 1)
+    for t in sorted({trial.legal(cut) for cut in cuts}):
         later = np.arange(trial.length)[:, None] >= t
         y, _ = trial.run(np.where(later, trial.other, trial.x), trial.state, trial.reset)
         before, wanted = np.asarray(y)[:, :t], np.asarray(expected)[:, :t]
@@ -120,11 +124,11 @@ def left_padding_is_forgotten(trial: Trial) -> Finding:
 
 def _in_pieces(trial: Trial, sizes: list[int]):
     ys, state, start = [], trial.state, 0
-    for size in sizes:
-        piece = slice(start, start + size)
+    for end in sorted({trial.legal(int(cut)) for cut in np.cumsum(sizes)}):
+        piece = slice(start, end)
         y, state = trial.run(trial.x[:, piece], state, trial.reset[:, piece])
         ys.append(y)
-        start += size
+        start = end
     return Results(np.concatenate(ys, 1), state)
 
 

@@ -29,7 +29,7 @@ def gradients_equal_the_step_form(trial: Trial) -> Finding:
     A mixer with a backward pass by hand that also runs for T == 1 is compared with itself: let one
     token take the plain definition, as kernels do.
     """
-    inputs = (trial.mixer, trial.x, trial.state, trial.reset, trial.weights)
+    inputs = (trial.mixer, trial.x, trial.state, trial.stepped, trial.weights)
     single = trial.gradients(*inputs)
     with jax.enable_x64(True):
         inputs = jax.tree.map(_widest, inputs)

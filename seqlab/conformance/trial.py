@@ -33,6 +33,7 @@ class Trial:
     x        [B, T, D] standard normal; `other` is a second one
     reset    [B, T], random; never at the first token, so that the state matters
     state    not empty: left by a document that goes on in x
+    prefix   of the mixer (see `Mixer`): calls must not end within it
 
     Time goes into compiling: arrays are numpy's, so that slicing and adding compile nothing, and
     the properties cut T = `length` in few different ways: into `half`, `odd`, `short` and single
@@ -49,6 +50,7 @@ class Trial:
         self.x, self.other = rng.normal(size=(2, BATCH, length, d_model)).astype(np.float32)
         self.reset = rng.random((BATCH, length)) < 0.08
         self.reset[:, [0, self.half, -1]] = [[False, True, False], [False, False, True]]
+        self.prefix = self.mixer.prefix
         self.traces = collections.Counter()
         self._forward = compiled(self._traced)
         self._empty = compiled(lambda batch: self.mixer.init_state(batch), static_argnums=0)
@@ -58,6 +60,20 @@ class Trial:
         state = self.empty(len(x)) if state is None else state
         reset = np.zeros(x.shape[:2], bool) if reset is None else reset
         return self._forward(self.mixer, x, state, reset)
+
+    def legal(self, cut: int) -> int:
+        """The first place from token `cut` on where a call may end: in no document's prefix."""
+        begun = np.maximum.accumulate(np.where(self.reset, np.arange(self.length), -self.odd), 1)
+        inside = np.arange(self.length) - begun < self.prefix
+        places = np.append((self.reset | ~inside).all(0), True)
+        return cut + int(places[cut:].argmax())
+
+    @functools.cached_property
+    def stepped(self) -> np.ndarray:
+        """[B, T] resets under which any token may come in a call of its own: `reset`, or with a
+        prefix documents of one token, after one that is beyond it."""
+        alone = np.arange(self.length) >= self.length - SHORT
+        return np.broadcast_to(alone, self.reset.shape) if self.prefix else self.reset
 
     def _traced(self, mixer, x, state, reset):
         self.traces[x.shape, x.dtype.name] += 1
@@ -163,6 +179,8 @@ def _exercised(config, length: int) -> tuple[Any, list[str]]:
     for name, size in {"chunk_size": 16, "window": 12}.items():
         if getattr(config, name, None) is not None and getattr(config, name) >= length:
             changes[name] = size
+    if getattr(config, "prefix_len", 0) > SHORT:
+        changes["prefix_len"] = SHORT
     if getattr(config, "max_length", None) is not None:
         changes["max_length"] = 2 * length
     said = [f"{name}={value}" for name, value in changes.items()]

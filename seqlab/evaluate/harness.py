@@ -92,6 +92,7 @@ class Answers:
 
     def _scored(self, rows: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """Of each row of ids, the log-probability of the last so many of them."""
+        self._reader.require_no_prefix()
         limit = self._model.max_length
         rows = [(ids if limit is None else ids[-limit - 1 :], count) for ids, count in rows]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))

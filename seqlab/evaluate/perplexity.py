@@ -54,11 +54,12 @@ def perplexity(
     `window` tokens and each piece starts anew, as training and its held-out loss do it.
 
     Raises DataError for ids beyond the model's vocabulary, and ModelError for documents longer
-    than its max_length and for logits that are not numbers.
+    than its max_length, for logits that are not numbers, and for a model with a prefix.
     """
     segments = _segments(corpus, window)
     reader, longest = Reader(model), int(np.diff(segments).max())
     remedy = f"give a window of {model.max_length} or fewer"
+    reader.require_no_prefix()
     reader.require_room(longest, "A document", remedy)
     lanes = _lanes(segments, batch)
     size = reader.chunk_size(len(lanes), max(int(lane.ends[-1]) for lane in lanes))

@@ -52,10 +52,12 @@ class Reader:
         self._structure, self._params = jax.tree.structure(model), parameters(model)
 
     def chunk_size(self, rows: int, length: int) -> int:
-        """Tokens to read at once of so many rows of this length: a power of two."""
+        """Tokens to read at once of so many rows of this length: a power of two, or the model's
+        prefix where that is longer."""
         most = max(SHORTEST, LOGITS // (rows * self.model.config.vocab))
         most = min(most, LONGEST, self.model.max_length or LONGEST, 2 * length - 1)
-        return max(1 << (most.bit_length() - 1), min(SHORTEST, self.model.max_length or SHORTEST))
+        least = min(SHORTEST, self.model.max_length or SHORTEST)
+        return max(1 << (most.bit_length() - 1), least, self.model.prefix)
 
     def read(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Said]]:
         """What is said of one chunk while the device works on the next.
@@ -72,6 +74,15 @@ class Reader:
             before = chunk, said
         if before is not None:
             yield before[0], _arrived(before[1])
+
+    def require_no_prefix(self) -> None:
+        """Raises ModelError for a model that sees within its prefix what it is to predict."""
+        if self.model.prefix:
+            raise ModelError(
+                f"The first {self.model.prefix} tokens that this model reads see one another, so "
+                "what it says of the next one there is no prediction: measure it on a task, or by "
+                "the held-out loss of its training."
+            )
 
     def require_room(self, length: int, what: str, remedy: str) -> None:
         """Raises ModelError where a document of `length` tokens is longer than the model holds."""

@@ -39,6 +39,7 @@ def generate(
     as_json: bool = False,
     chat: bool = False,
     system: str | None = None,
+    read_twice: bool = False,
     max_length: int | None = None,
 ) -> int:
     """Run the command; returns the exit status: 0, or 130 after Ctrl-C.
@@ -51,6 +52,7 @@ def generate(
                  last token of the text (a stop string included)
     state        a file that `save_state` wrote: the prompt, which may then be absent, continues it
     chat         the prompt is a message in the model's chat template, after `system` if given
+    read_twice   the prompt, or message, comes twice, or as often as fills the model's prefix
     max_length   tokens that full attention holds, for a published model
     as_json      print one JSON object a row: row, prompt_tokens, text, tokens, finish ("length",
                  "stop", "nan", "interrupted"), seconds, tokens_per_second (without the first
@@ -59,11 +61,12 @@ def generate(
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampling = settings.read(Sampling, choices, where="generate")
     _check(prompt, prompt_file, steps, batch, stop, save_state, state)
-    _check_chat(chat, system, state)
+    _check_begun(chat, system, read_twice, state)
     lm = store.load(model, max_length=max_length)
     tokenizer = store.load_tokenizer(model, lm)
     session = Session(lm) if state is None else Session.load(lm, state)
-    given = prompt, prompt_file, tokenizer
+    said = _again(prompt, prompt_file, tokenizer, lm.prefix) if read_twice else prompt
+    given = said, prompt_file, tokenizer
     ids = _conversation(*given, system) if chat else _ids(*given, marked=state is None)
     read = _feed(session, ids, state)
     run = Run(session.fork(batch), tokenizer, sampling, seed, stop, exact=save_state is not None)
@@ -71,16 +74,25 @@ def generate(
     with Terminal() as terminal:
         if live and prompt is not None:
             terminal.echo(prompt + "\n" * chat)
-        for _ in run.go(steps, terminal, PACE if live else None):
-            if live:
-                terminal.show(run.rows[0].ready())
+        _show(run, steps, terminal, live)
     for b in range(len(run.rows)):
         terminal.show(_line(run, b, read, live, as_json), end="\n")
     if save_state is not None:
         run.session.save(save_state)
+    _require_numbers(run, model)
+    return 130 if terminal.stopped else 0
+
+
+def _show(run: "Run", steps: int, terminal: Terminal, live: bool) -> None:
+    """Go on for so many steps; text is shown as it comes if `live`."""
+    for _ in run.go(steps, terminal, PACE if live else None):
+        if live:
+            terminal.show(run.rows[0].ready())
+
+
+def _require_numbers(run: "Run", model: pathlib.Path) -> None:
     if any(row.finish == "nan" for row in run.rows):
         raise ModelError(f"The logits of {model} are not finite: its weights are damaged.")
-    return 130 if terminal.stopped else 0
 
 
 def _line(run: "Run", b: int, read: int, live: bool, as_json: bool) -> str:
@@ -183,11 +195,15 @@ def _check(prompt, prompt_file, steps, batch, stop, save_state, state) -> None:
         raise ConfigError(f"The folder of --save-state {save_state} does not exist: create it.")
 
 
-def _check_chat(chat: bool, system: str | None, state: pathlib.Path | None) -> None:
+def _check_begun(
+    chat: bool, system: str | None, read_twice: bool, state: pathlib.Path | None
+) -> None:
     if system is not None and not chat:
         raise ConfigError("--system is a message of a conversation: give --chat too.")
     if chat and state is not None:
         raise ConfigError("--chat begins a conversation, and --state goes on: give one of them.")
+    if read_twice and state is not None:
+        raise ConfigError("--read-twice begins a text, and --state goes on: give one of them.")
 
 
 def _feed(session: Session, ids, state: pathlib.Path | None) -> int:
@@ -214,12 +230,21 @@ def _ids(
     return itertools.chain(start, (np.array(tokenizer.encode(p), np.int32) for p in pieces))
 
 
+def _again(prompt: str | None, prompt_file: str | None, tokenizer: Tokenizer, prefix: int) -> str:
+    """The prompt as often as it is to be read."""
+    return text.repeated(_text(prompt, prompt_file), tokenizer.encode, prefix)
+
+
+def _text(prompt: str | None, prompt_file: str | None) -> str:
+    return prompt if prompt is not None else "".join(text.read(prompt_file or "-", whole=True))
+
+
 def _conversation(
     prompt: str | None, prompt_file: str | None, tokenizer: Tokenizer, system: str | None
 ) -> np.ndarray:
     """The ids of a conversation that the prompt begins."""
     if not isinstance(tokenizer, PublishedTokenizer):
         raise ModelError("This model has no chat template: give its prompt without --chat.")
-    said = prompt if prompt is not None else "".join(text.read(prompt_file or "-", whole=True))
+    said = _text(prompt, prompt_file)
     messages = [] if system is None else [{"role": "system", "content": system}]
     return np.array(tokenizer.chat([*messages, {"role": "user", "content": said}]), np.int32)

@@ -8,12 +8,19 @@ SMALLEST = 16  # a short prompt is read in a chunk of the next power of two from
 
 
 def from_empty(
-    structure: Structure, params, carry: Carry, rows: list[np.ndarray], chunk_size: int
+    structure: Structure,
+    params,
+    carry: Carry,
+    rows: list[np.ndarray],
+    chunk_size: int,
+    prefix: int,
 ) -> Carry:
     """The carry after rows of any lengths, of which `carry` holds the empty state.
 
     Rows are padded on the left to whole chunks; the reset at a row's first token forgets the
     padding, exactly. Each token of padding is a document of its own and takes no room in a state.
+    The first chunk is as long as it takes for the prefix of every row to lie in it, so with a
+    prefix rows of like lengths take less memory.
     """
     lengths = np.array([row.size for row in rows])
     longest = int(lengths.max())
@@ -21,10 +28,18 @@ def from_empty(
     width = -(-longest // size) * size
     tokens = np.stack([np.pad(row, (width - row.size, 0)) for row in rows])
     reset = np.arange(width) <= (width - lengths)[:, None]
-    for at in range(0, width, size):
-        part = slice(at, at + size)
+    shortest = int(lengths.min())  # its prefix ends last
+    first = first_chunk(prefix and width - shortest + min(prefix, shortest), size)
+    ends = range(first, width + 1, size)
+    for at, end in zip([0, *ends], ends, strict=False):
+        part = slice(at, end)
         carry = _finished(read_chunk(structure, params, carry, tokens[:, part], reset[:, part]))
     return carry
+
+
+def first_chunk(prefix: int, size: int) -> int:
+    """Tokens read at once at the start: as many times `size` as it takes to hold the prefix."""
+    return max(1, -(-prefix // size)) * size
 
 
 def from_state(

@@ -55,16 +55,17 @@ def checked(tokens: Any, vocab: int, where: str) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def pieces(stream: Iterable[Any], size: int) -> Iterator[np.ndarray]:
-    """A stream of arrays of ids, recut to `size` ids a piece; the last may be shorter."""
+def pieces(stream: Iterable[Any], size: int, first: int) -> Iterator[np.ndarray]:
+    """A stream of arrays of ids, recut to `first` ids, then `size` a piece; the last may be
+    shorter."""
     held: list[np.ndarray] = []
-    length = 0
+    length, whole = 0, first
     for part in stream:
         part = np.asarray(part)
-        while length + part.size >= size:
-            cut = size - length
+        while length + part.size >= whole:
+            cut = whole - length
             yield np.concatenate([*held, part[:cut]])
-            held, length, part = [], 0, part[cut:]
+            held, length, whole, part = [], 0, size, part[cut:]
         if part.size:
             held.append(part)
             length += part.size

@@ -47,8 +47,9 @@ class Session:
     model       an `lm.LM`
     state       the state to start from, as a call of the model returned it (copied); None is empty.
                 It does not say how many tokens led to it: give `position` for a model with a
-                `max_length`, and for sampled continuations to go on exactly.
-    chunk_size  tokens of a prompt that are read at once: bounds the memory of prefill
+                `max_length` or a `prefix`, and for sampled continuations to go on exactly.
+    chunk_size  tokens of a prompt that are read at once: bounds the memory of prefill; a model's
+                `prefix` is read in one piece whatever its length
     block       most tokens a row produces in one call of the compiled program
     """
 
@@ -91,17 +92,17 @@ class Session:
         iterator of arrays of ids (one row, read piece by piece in constant memory).
 
         One row goes to every row of the session. Feeding a row that had ended takes it up again.
-        Raises DataError for what is not token ids, ModelError past the model's `max_length`.
+        Raises DataError for what is not token ids, ModelError past the model's `max_length`, and
+        where a row stands within the model's `prefix`, which must come in one call.
         """
-        vocab = self.model.config.vocab
+        vocab, prefix = self.model.config.vocab, 0 if self.batch else self.model.prefix
         if not prompt.is_stream(tokens):
             return self._read(prompt.rows_of(tokens, vocab))
-        empty = True
-        for i, piece in enumerate(prompt.pieces(tokens, self.chunk_size)):
-            where = f"The prompt from token {i * self.chunk_size} on"
-            self._read([prompt.checked(piece, vocab, where)])
-            empty = False
-        if empty:
+        first, read = prefill.first_chunk(prefix, self.chunk_size), 0
+        for piece in prompt.pieces(tokens, self.chunk_size, first):
+            self._read([prompt.checked(piece, vocab, f"The prompt from token {read} on")])
+            read += piece.size
+        if not read:
             raise DataError("The prompt is empty: give at least one token.")
 
     def generate(
@@ -117,7 +118,8 @@ class Session:
         A row ends at a token of `stop`, which is its last, and produces no more until it is fed.
         Token p of row b is drawn with a key made of (seed, b, p) alone: neither the blocks, nor
         saving and resuming, nor the other rows change it. Raises ModelError, before the first
-        block, where there is nothing to go on from or no room for `steps` tokens.
+        block, where there is nothing to go on from, no room for `steps` tokens, or a row within the
+        model's `prefix`.
         """
         carry = self._started()
         left = np.broadcast_to(np.asarray(steps, np.int32), self.batch)
@@ -130,6 +132,7 @@ class Session:
             prompt.checked(ends, carry.logits.shape[1], "stop")
         left = np.where(self._finish, 0, left)
         self._require_room(self.position + left, "The text so far and the steps to come")
+        self._require_whole_prefix(self.position[left > 0])
         return self._blocks(left, sampling, row_keys(seed, self.batch), ends)
 
     def complete(
@@ -207,6 +210,15 @@ class Session:
                 "them, or build the model with a larger max_length."
             )
 
+    def _require_whole_prefix(self, position: np.ndarray) -> None:
+        within = position[(position > 0) & (position < self.model.prefix)]
+        if within.size:
+            raise ModelError(
+                f"The prompt has {within[0]} tokens, fewer than the prefix of {self.model.prefix} "
+                "that the model reads at once: give a longer one, or the same one as often as "
+                "fills it (seqlab generate --read-twice)."
+            )
+
     def _read(self, rows: list[np.ndarray]) -> None:
         rows = rows * self.batch if len(rows) == 1 and self.batch else rows
         if self.batch and len(rows) != self.batch:
@@ -220,10 +232,14 @@ class Session:
         self._require_room(position, "The prompt and what came before it")
         if fresh:
             self._begin(self.model.init_state(len(rows)), 0)
+        self._require_whole_prefix(self.position)
         # Reading consumes the carry: a session whose feed is interrupted has nothing to go on from.
         carry, self._carry, self._has_logits = cast(Carry, self._carry), None, False
         program = (self._structure, self._params, carry, rows, self.chunk_size)
-        carry = prefill.from_empty(*program) if fresh else prefill.from_state(*program, self.block)
+        if fresh:
+            carry = prefill.from_empty(*program, self.model.prefix)
+        else:
+            carry = prefill.from_state(*program, self.block)
         self._carry, self._has_logits, self.position = carry, True, position
         self._finish = np.zeros(self.batch, np.int32)
 

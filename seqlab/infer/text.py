@@ -3,7 +3,7 @@
 import codecs
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from seqlab.errors import DataError
 from seqlab.models.tokenizer import Stream
@@ -39,6 +39,19 @@ def read(source: str, *, whole: bool = False) -> Iterator[str]:
         ) from None
     if place == 0:
         raise DataError(f"The prompt in {name} is empty: give at least one character.")
+
+
+def repeated(text: str, encode: Callable[[str], Sequence[int]], prefix: int) -> str:
+    """The text twice, each copy from a line of its own on, or as often as it takes for it to be
+    longer than a prefix of so many tokens (JRT-Prompt; Arora et al., 2024).
+
+    A model with a prefix predicts the next token only from beyond it.
+    """
+    copy = len(encode(f"{text}\n"))
+    times = max(2, 1 + (prefix + 1) // max(copy, 1))
+    while 0 < len(encode(again := "\n".join([text] * times))) <= prefix:
+        times += 1  # borders took fewer tokens than expected
+    return again
 
 
 class Row:

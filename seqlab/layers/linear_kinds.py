@@ -70,6 +70,7 @@ def is_projection(module: nnx.Module) -> bool:
     What is left as it is feeds steps, gates, choices and bottlenecks, costs little and is the first
     to suffer from rounding: maps with an axis that has no name (down to a rank or a router's
     experts, and up again), and maps with a side 16 times shorter than the other (a number a head).
+    So is what is no `Linear`: the stacked experts of a mixture, maps of each head for itself.
     """
     if type(module) is not Linear:
         return False

@@ -27,6 +27,10 @@ class Mixer(nnx.Module):
     #: Longest document this mixer can hold in its state; None is no limit.
     max_length: int | None = None
 
+    #: So many tokens at the start of a document see one another, so that they come in one call, and
+    #: only where a document is beyond them may a call end and another go on; 0 for causal mixers.
+    prefix: int = 0
+
     #: A mixer that shares defines `mix(x, state, reset, shared) -> y, state, shared` instead:
     #: `shared` [B, T, D] travels from block to block beside x (a model starts it with its
     #: embeddings), None where the mixer stands alone.

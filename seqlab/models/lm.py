@@ -138,9 +138,17 @@ class LM(nnx.Module):
     @property
     def max_length(self) -> int | None:
         """Longest document the model can hold in its state; None is no limit."""
-        every = [*self.before, *self.blocks, *self.after]
-        limits = [getattr(layer, "max_length", None) for b in every for layer in b.layers]
+        limits = self._of_layers("max_length", None)
         return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def prefix(self) -> int:
+        """So many tokens at the start of a document see one another and come in one call."""
+        return max(self._of_layers("prefix", 0))
+
+    def _of_layers(self, name: str, default: Any) -> list:
+        every = (*self.before, *self.blocks, *self.after)
+        return [getattr(layer, name, default) for b in every for layer in b.layers]
 
     def init_state(self, batch: int) -> State:
         """The empty state for `batch` rows."""

@@ -28,7 +28,7 @@ from seqlab.plan.schedule import Schedule, read
 from seqlab.train import state as states
 from seqlab.train.config import Config
 from seqlab.train.corpus import Batch
-from seqlab.train.step import make_step
+from seqlab.train.step import cross_entropy, make_step
 
 BLOCK = 64  # tokens of a row that generation decodes in one call, as `infer.Session` does
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -89,7 +89,7 @@ def train(config: Config, mesh: Mesh) -> Program:
         state = states.abstract(model, optimizer, mesh)
         B, T = config.data.batch, config.data.length
         row = _array((B, T + 1), jnp.int32, mesh, DATA)
-        step = make_step(model, optimizer, config.accumulate)
+        step = make_step(model, optimizer, config.accumulate, cross_entropy, config.objective.ask)
         make = lambda: step.lower(*state, Batch(row, row))
         return _compile("train step", B * T, make, state.params, state.optimizer)
 

@@ -17,6 +17,7 @@ from seqlab.models import lm
 from seqlab.parallel.mesh import Travel
 from seqlab.settings import STRICT
 from seqlab.train.data import Data
+from seqlab.train.objective import NEXT_TOKEN, Objective
 from seqlab.train.optimizer import Config as Optimizer
 
 
@@ -75,6 +76,7 @@ class Config:
     """One training run.
 
     steps          optimizer steps; each sees data.batch rows of data.length tokens
+    objective      what is trained for: the next token, or a prefix (see `train.objective`)
     accumulate     parts that a batch is cut in, to fit memory; the result is the same
     evaluate_every steps between evaluations on data.held_out; 0 is only at the end
     samples        prompts continued by `sample_tokens` tokens at the end, for the report
@@ -85,6 +87,7 @@ class Config:
     data: Data
     steps: PositiveInt
     optimizer: Optimizer = Optimizer()
+    objective: Objective = NEXT_TOKEN
     accumulate: PositiveInt = 1
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
@@ -106,6 +109,11 @@ class Config:
             raise ConfigError(
                 f"mesh.groups cuts a batch in turns by itself: leave out accumulate = "
                 f"{self.accumulate}."
+            )
+        if self.mesh.groups and self.objective != NEXT_TOKEN:
+            raise ConfigError(
+                "mesh.groups lays documents anew, which a prefix does not allow: leave out one of "
+                "mesh.groups and objective."
             )
         for name, axis, size in (
             ("batch", "data", self.data.batch // self.accumulate),

@@ -30,7 +30,7 @@ from seqlab.train.peers import over_all_devices, refuse_differences
 from seqlab.train.progress import Progress
 from seqlab.train.signals import StopRequest
 from seqlab.train.sinks import Sinks, open_sinks
-from seqlab.train.step import make_evaluation, make_step
+from seqlab.train.step import cross_entropy, make_evaluation, make_step
 from seqlab.train.turns import TurnTraining
 from seqlab.train.watchdog import LIMITS, Limits, Watchdog
 
@@ -82,6 +82,7 @@ def _check(config: Config, model: LM, tokenizer: Tokenizer) -> None:
             f"The tokenizer {config.data.tokenizer!r} has {tokenizer.vocab} ids but the model "
             f"only {config.model.vocab}: set model.vocab={tokenizer.vocab}."
         )
+    config.objective.check(model, config.data.length)
     limit = model.max_length
     if limit is not None and config.data.length > limit:
         raise ConfigError(
@@ -142,7 +143,7 @@ class _Run:
         self.progress = self._closing(Progress(config.steps, first, console))
         self.say = self.progress.note
         self.place, self.train_step = self._training()
-        self.evaluate_batch = make_evaluation(self.model)
+        self.evaluate_batch = make_evaluation(self.model, config.objective.ask)
         self._steps(stop)
         if self.step >= config.steps:
             self._evaluate()
@@ -163,7 +164,10 @@ class _Run:
         if self.config.mesh.groups:
             turns = TurnTraining(self.model, self.optimizer, self.mesh, self.say)
             return turns.place, turns.step
-        step = make_step(self.model, self.optimizer, self.config.accumulate)
+        step = make_step(
+            *(self.model, self.optimizer, self.config.accumulate),
+            *(cross_entropy, self.config.objective.ask, self.config.seed),
+        )
         return lambda batch: states.place(batch, self.mesh), step
 
     def _open_sinks(self) -> Sinks:

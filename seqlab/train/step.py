@@ -12,6 +12,7 @@ from seqlab.models.lm import LM
 from seqlab.models.parameters import bind
 from seqlab.parallel import compiler
 from seqlab.train.corpus import Batch
+from seqlab.train.objective import NEXT_TOKEN, Asked
 
 
 class Loss(NamedTuple):
@@ -21,15 +22,18 @@ class Loss(NamedTuple):
     tokens: jax.Array
 
 
+def cross_entropy(model: LM, asked: Asked) -> Loss:
+    """Of every label that is asked for, times its weight."""
+    with auxiliary.counting(asked.segment_ids > 0):
+        logits, _ = model(asked.tokens, reset=asked.reset)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, asked.labels)
+    counts = asked.weights > 0
+    return Loss(jnp.sum(jnp.where(counts, asked.weights * nats, 0.0)), jnp.sum(counts))
+
+
 def loss(model: LM, batch: Batch) -> Loss:
     """Cross-entropy of each token given those before it in its own document."""
-    here, there = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
-    reset = jnp.diff(here, axis=1, prepend=here[:, :1]) != 0
-    with auxiliary.counting(jnp.asarray(here > 0)):
-        logits, _ = model(jnp.asarray(batch.tokens[:, :-1]), reset=reset)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
-    counts = (here == there) & (there > 0)
-    return Loss(jnp.sum(jnp.where(counts, nats, 0.0)), jnp.sum(counts))
+    return cross_entropy(model, NEXT_TOKEN.ask(batch))
 
 
 def objective(
@@ -54,18 +58,22 @@ def make_step(
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
     loss: Callable[[LM, Any], Loss] = loss,
+    ask: Callable[[Any, jax.Array], Any] = lambda batch, key: batch,
+    seed: int = 0,
 ) -> Callable[[dict, Any, Any], tuple[dict, Any, dict[str, jax.Array]]]:
     """step(params, optimizer state, batch) -> the two updated, metrics; the first two are donated.
 
     The batch is cut in `accumulate` parts whose gradients add up to that of the whole: the loss
     is the mean over all predicted tokens of the batch, however they fall among the parts. Another
-    `loss` takes batches of its own kind. The metrics hold what layers add to the loss (see
-    `objective`), each under its name.
+    `loss` takes batches of its own kind: those that come, or what `ask(batch, key)` makes of each,
+    whole, before it is cut; the key follows from the seed and the number of updates so far. The
+    metrics hold what layers add to the loss (see `objective`), each under its name.
     """
 
     gradient, update = make_gradient(skeleton, loss), make_update(optimizer)
 
     def step(params, state, batch):
+        batch = ask(batch, jax.random.fold_in(jax.random.key(seed), _updates(state)))
         if accumulate == 1:
             return update(params, state, gradient(params, batch))
         parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
@@ -111,7 +119,15 @@ def make_update(optimizer: optax.GradientTransformation) -> Callable:
     return update
 
 
-def make_evaluation(skeleton: LM) -> Callable[[dict, Batch], Loss]:
+def make_evaluation(
+    skeleton: LM, ask: Callable[[Batch], Asked] = NEXT_TOKEN.ask
+) -> Callable[[dict, Batch], Loss]:
     """evaluate(params, batch) -> Loss"""
-    total = lambda params, batch: loss(bind(skeleton, params), batch)
+    total = lambda params, batch: cross_entropy(bind(skeleton, params), ask(batch))
     return jax.jit(total, compiler_options=compiler.options())
+
+
+def _updates(state: Any) -> Any:
+    """How many updates an optimizer has made, of which each of its parts keeps count."""
+    counts = optax.tree.get_all_with_path(state, "count")
+    return counts[0][1] if counts else 0

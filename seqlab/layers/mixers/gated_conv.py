@@ -1,7 +1,9 @@
-"""The double-gated short convolution of LFM2 (Liquid AI, 2025): no memory beyond its taps."""
+"""A gated short convolution without a memory beyond its taps: gated before and after it in LFM2
+(Liquid AI, 2025), after it alone and behind a silu in Based's BaseConv (Arora et al., 2024)."""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from pydantic import PositiveInt
@@ -15,9 +17,14 @@ from seqlab.settings import STRICT
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
-    """`bias` is that of the convolution and of both projections."""
+    """`expand` is the width of the convolution over the model's; `bias` is that of the convolution
+    and of both projections. The defaults are LFM2's; BaseConv has `gate_before=False, silu=True`.
+    """
 
     conv_width: PositiveInt = 3
+    expand: PositiveInt = 1
+    gate_before: bool = True
+    silu: bool = False
     bias: bool = False
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "GatedConv":
@@ -29,18 +36,20 @@ class State(NamedTuple):
 
 
 class GatedConv(Mixer):
-    """b, c, u = x W_in;  y = (c * conv(b * u)) W_out"""
+    """b, c, u = x W_in;  y = (c * silu(conv(b * u))) W_out, without b or silu if the config says"""
 
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         c = self.config = config
-        self.inner = Linear(d_model, 3 * d_model, ("embed", "heads"), bias=c.bias, rngs=rngs)
-        self.conv = ShortConv(d_model, c.conv_width, bias=c.bias, rngs=rngs)
-        self.out = Linear(d_model, d_model, ("heads", "embed"), bias=c.bias, rngs=rngs)
+        d, parts = c.expand * d_model, 2 + c.gate_before
+        self.inner = Linear(d_model, parts * d, ("embed", "heads"), bias=c.bias, rngs=rngs)
+        self.conv = ShortConv(d, c.conv_width, bias=c.bias, rngs=rngs)
+        self.out = Linear(d, d_model, ("heads", "embed"), bias=c.bias, rngs=rngs)
 
     def init_state(self, batch: int) -> State:
         return State(self.conv.init_state(batch))
 
     def mix(self, x, state: State, reset):
-        before, after, u = jnp.split(self.inner(x), 3, -1)
-        y, conv = self.conv(before * u, state.conv, reset=reset)
-        return self.out(after * y), State(conv)
+        c = self.config
+        *before, after, u = jnp.split(self.inner(x), 2 + c.gate_before, -1)
+        y, conv = self.conv(before[0] * u if before else u, state.conv, reset=reset)
+        return self.out(after * (jax.nn.silu(y) if c.silu else y)), State(conv)

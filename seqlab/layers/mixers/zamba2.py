@@ -99,6 +99,7 @@ class Zamba2(Mixer):
         self.mixer = c.inner.build(d, rngs=rngs) if c.inner else None
         self.head_dim = 2 * d // c.heads
         self.max_length = min(c.max_length, getattr(self.mixer, "max_length", None) or c.max_length)
+        self.prefix = getattr(self.mixer, "prefix", 0)
 
     def init_state(self, batch: int) -> State:
         shape = batch, self.ring.slots, self.config.heads, self.head_dim
