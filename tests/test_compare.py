@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
+from benchmarks import tasks
 from seqlab import cli, settings
 from seqlab.compare import budget, command, entries, labels, published, results, trial
 from seqlab.compare.budget import Budget
@@ -24,7 +25,7 @@ from seqlab.errors import ConfigError
 from seqlab.layers import registry
 from seqlab.layers.mixer import Mixer
 from seqlab.models import lm
-from seqlab.tasks import Accuracy, Examples, Protocol, mqar
+from seqlab.tasks import Accuracy, Examples, Protocol, mqar, protocol
 from seqlab.train.lock import RunLock
 
 SHORT = mqar.Config(32, 16, 2)
@@ -142,28 +143,38 @@ def test_what_another_process_trains_is_left_to_it(finished, tmp_path):
 
 
 @dataclass(frozen=True)
-class Broken:
-    """Reads its tokens as a number that is none."""
+class Counter:
+    """y_t = n_t x_t, its channels rolled by one; n goes up from `first`."""
+
+    first: float = -3.0
 
     def build(self, d_model, *, rngs):
-        return BrokenMixer()
+        return CounterMixer(self)
 
 
-class BrokenState(NamedTuple):
-    nothing: jax.Array
+class Count(NamedTuple):
+    n: jax.Array  # [B]
 
 
-class BrokenMixer(Mixer):
+class CounterMixer(Mixer):
+    def __init__(self, config):
+        self.first = config.first
+
     def init_state(self, batch):
-        return BrokenState(jnp.zeros((batch, 1)))
+        return Count(jnp.full((batch,), self.first))
 
     def mix(self, x, state, reset):
-        return x * jnp.nan, state
+        n = state.n[:, None] + jnp.arange(x.shape[1])
+        return n[..., None] * jnp.roll(x, 1, -1), Count(state.n + x.shape[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counter():
+    return registry.register_mixer(Counter, "counter")
 
 
 def test_a_mixer_that_diverges_is_told_and_the_others_go_on(finished, tmp_path):
-    registry.register_mixer(Broken, "broken")
-    found, said = compare(tmp_path, ("broken", MIXERS[0]))
+    found, said = compare(tmp_path, ("counter(first=nan)", MIXERS[0]))
     broken, whole = found
     assert broken.runs[0].diverged == 1 and broken.runs[0].loss is None
     assert math.isnan(broken.accuracy) and whole.accuracy >= 0
@@ -172,7 +183,7 @@ def test_a_mixer_that_diverges_is_told_and_the_others_go_on(finished, tmp_path):
 
 
 def test_tests_are_read_in_pieces_as_if_at_once(finished):
-    (entry,) = entries.parse("mlstm(heads=2)", TINY, (8,))  # its empty state is not all zeros
+    (entry,) = entries.parse("counter", TINY, (8,))
     one = trial.Trial(entry, TINY, Budget(4, "steps"))
     model = entry.model.build(rngs=nnx.Rngs(3))
     tokens = mqar.Config(32, 40, 4).examples(TINY.batch, 0).inputs  # 16, 16 and 8 tokens
@@ -274,9 +285,7 @@ def test_fields_of_a_mixer_may_hold_commas():
     ],
 )
 def test_bad_input_is_one_sentence(options, says, tmp_path, monkeypatch, capsys):
-    from seqlab import tasks
-
-    monkeypatch.setattr(command, "protocol", tasks.protocol)
+    monkeypatch.setattr(command, "protocol", protocol)
     monkeypatch.setattr("sys.argv", ["seqlab", "compare", *options, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as exit:
         cli.main()
@@ -332,3 +341,15 @@ def _shown(board) -> str:
     console = Console(file=io.StringIO(), width=120)
     console.print(board.table())
     return console.file.getvalue()
+
+
+def test_the_table_of_all_mixers_has_them_all_and_is_drawn_from_its_rows():
+    asked = tasks.entries()
+    assert {label.partition("(")[0] for label in asked} == set(registry.own_mixers())
+    tests = {tasks.SHORT: Accuracy(0.5, 0.25), tasks.LONG: Accuracy(0.25, 0.0)}
+    runs = (Run(1e-2, 0, 4, 2.0, 2.0, 0.5, tests),), (Run(1e-2, 0, 4, 2.0, 2.0, None, {}, 3),)
+    whole, broken = (Result("gla", 64, {}, {}, 12, 34, run) for run in runs)
+    told = json.loads(json.dumps([tasks.row(whole), tasks.row(broken)], allow_nan=False))
+    again, lost = map(tasks.restored, told)
+    assert (again.label, again.state_bytes, again.accuracy) == ("gla", 34, whole.accuracy)
+    assert math.isnan(lost.accuracy)
