@@ -111,5 +111,5 @@ def test_on_a_tpu_local_work_hides_every_hop_forward_and_backward():
     state = heads * 4 * size * size * 4
     assert [(c.count, c.sent) for c in hops] == [(6, state / 4)] * 2  # 4 - 1 devices, 4 - 1 blocks
     assert all(exposed(c, there.link, there.device.clock) == 0 for c in hops)
-    products = 2 * size * heads * 2 * size * 2 * size / 197e12 * 1.5e9  # of one chunk with a state
-    assert all(c.hidden > 3 * products for c in hops)
+    # a chunk takes some 60,000 cycles; were it to wait for its hop, 15,000 would be left beside
+    assert all(c.hidden > 30_000 for c in hops)

@@ -13,6 +13,7 @@ from flax import nnx
 from seqlab.conformance.compiling import compiled
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError, ModelError
+from seqlab.evaluate.perplexity import perplexity
 from seqlab.infer import command as commands
 from seqlab.infer import text
 from seqlab.infer.session import Session
@@ -21,10 +22,11 @@ from seqlab.models import lm, store
 from seqlab.models.parameters import decays, parameters
 from seqlab.models.tokenizer import ByteTokenizer
 from seqlab.parallel import use_mesh
-from seqlab.train.config import Checkpoint, Optimizer
-from seqlab.train.corpus import Batch
+from seqlab.train.config import Checkpoint, Optimizer, load
+from seqlab.train.corpus import Batch, open_corpus
 from seqlab.train.loop import train
 from seqlab.train.objective import NextToken, Prefix
+from seqlab.train.sources import Text
 from seqlab.train.step import cross_entropy, make_evaluation, make_step
 from tests.runs import losses, tiny, write_texts
 
@@ -296,3 +298,18 @@ def test_an_objective_that_does_not_fit_the_model_is_refused(run, objective, ref
 def test_rows_that_are_no_longer_than_the_prefix_are_refused(model):
     with pytest.raises(ConfigError, match="data.length = 5 leaves no token beyond .* = 5"):
         OBJECTIVE.check(model, PREFIX)
+
+
+def test_what_a_model_says_within_its_prefix_is_no_prediction(model, tmp_path):
+    texts = Text((f"{write_texts(tmp_path / 'texts')}/*.txt",))
+    with pytest.raises(
+        ModelError, match="first 5 tokens .* is no prediction: measure it on a task"
+    ):
+        perplexity(model, open_corpus(texts, ByteTokenizer()))
+
+
+def test_the_published_config_has_as_many_weights_and_trains():
+    config = load("configs/jrt_360m.py")
+    model = config.model.skeleton()
+    config.objective.check(model, config.data.length)
+    assert sum(a.size for a in parameters(model).values()) == 356_611_072

@@ -72,3 +72,22 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path):
     with RunLock(tmp_path):
         pass
     assert json.loads((tmp_path / "lock.json").read_text()) == {}
+
+
+LAUNCHER = """
+import os, signal, subprocess
+from seqlab.parallel.local import end_with_parent
+child = subprocess.Popen(["sleep", "600"], preexec_fn=end_with_parent, start_new_session=True)
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_killed_launcher_leaves_no_process_behind():
+    command = [sys.executable, "-c", LAUNCHER]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    output, _ = launcher.communicate(timeout=60)  # ends when the child, too, has closed it
+    assert launcher.returncode == -signal.SIGKILL
+    status = pathlib.Path("/proc", output.strip(), "status")
+    assert not status.exists() or "State:\tZ" in status.read_text()

@@ -276,14 +276,15 @@ COUNTERS = {"notfinite_count", "last_finite", "total_notfinite"}  # of optax.app
 
 def poisoned(monkeypatch, bad: bytes):
     """Every batch that holds this byte has a loss that is not a number."""
-    clean = step.loss
+    clean = step.cross_entropy
 
     def loss(model, batch):
         total = clean(model, batch)
         factor = jnp.where(jnp.any(batch.tokens == bad[0]), jnp.nan, 1.0)
         return total._replace(nats=total.nats * factor)
 
-    monkeypatch.setattr(step, "loss", loss)
+    gradient = step.make_gradient
+    monkeypatch.setattr(step, "make_gradient", lambda model, _: gradient(model, loss))
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(texts, tmp_path, monkeypatch, capsys):
@@ -331,6 +332,14 @@ def test_a_mesh_trains_as_one_device_does_and_resumes_on_another(texts, whole, t
     for name, array in spread.items():
         assert np.asarray(array).tobytes() == arrays[f"params/{name}"]
     assert saved[1]["step"] == 6
+
+
+def test_documents_in_turns_train_as_one_device_does_and_log_the_gain(texts, whole, tmp_path):
+    mesh = Mesh(seq=2, groups=True)
+    again(texts, tmp_path / "run", mesh=mesh, steps=4, evaluate_every=0)
+    assert_close(np.float32(losses(tmp_path / "run")), np.float32(losses(whole)[:4]), GRADIENT)
+    logged = [row["predicted_speedup"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(logged) == 4 and min(logged) >= 1
 
 
 def test_a_window_too_short_for_a_document_is_refused_where_the_batch_is_placed(texts, tmp_path):

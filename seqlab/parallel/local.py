@@ -4,9 +4,11 @@ python -m seqlab.parallel.local N -- train CONFIG ...
 
 runs `seqlab train CONFIG ...` in N processes that talk over the loopback. JAX_NUM_CPU_DEVICES is
 the number of devices of each (1 by default). Output of all but process 0 gets its number as prefix;
-signals are passed on; the exit status is that of the first process that failed.
+signals are passed on; the exit status is that of the first process that failed. On Linux none of
+them outlives this one, whatever ends it.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent is gone
 GRACE = 40.0  # seconds that the others get, to see for themselves that one has failed
 
 
@@ -49,9 +52,16 @@ def _start(command: list[str], port: int, count: int, index: int) -> subprocess.
         [sys.executable, "-m", "seqlab", name, *place, *rest],
         env=environment,
         start_new_session=True,  # Ctrl-C reaches them through us alone, once
+        preexec_fn=end_with_parent,
         stdout=subprocess.PIPE if index else None,
         stderr=subprocess.STDOUT if index else None,
     )
+
+
+def end_with_parent() -> None:
+    """In a child before it starts: it is killed when the parent is, which can pass nothing on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _relay(child: subprocess.Popen, index: int) -> None:

@@ -24,7 +24,11 @@ from seqlab.train.optimizer import Config as Optimizer
 @dataclass(frozen=True, config=STRICT)
 class Mesh:
     """How many devices share the batch, the sequence and the heads, and how what mixers remember
-    travels along the sequence (see `parallel.use_mesh` and `parallel.mesh.Travel`)."""
+    travels along the sequence (see `parallel.use_mesh` and `parallel.mesh.Travel`).
+
+    groups  lay the documents of a batch on fewer devices than `seq` where they are short, on so
+            many in turn as is predicted to be fastest (see `parallel.turns`)
+    """
 
     data: PositiveInt = 1
     seq: PositiveInt = 1
@@ -34,9 +38,15 @@ class Mesh:
     hops: PositiveInt | None = None
     blocks: PositiveInt | None = None
     row: PositiveInt | None = None
+    groups: bool = False
 
     def __post_init__(self):
         self.travel.check(self.seq)
+        if self.groups and (self.seq == 1 or self.seq & (self.seq - 1)):
+            raise ConfigError(
+                f"mesh.groups halves the mesh.seq = {self.seq} devices of a row: make them a power "
+                "of two above 1, or leave groups out."
+            )
 
     @property
     def travel(self) -> Travel:
@@ -94,6 +104,16 @@ class Config:
             raise ConfigError(
                 f"data.batch = {self.data.batch} does not divide into accumulate = "
                 f"{self.accumulate} parts: change one of them."
+            )
+        if self.mesh.groups and self.accumulate > 1:
+            raise ConfigError(
+                f"mesh.groups cuts a batch in turns by itself: leave out accumulate = "
+                f"{self.accumulate}."
+            )
+        if self.mesh.groups and self.objective != NEXT_TOKEN:
+            raise ConfigError(
+                "mesh.groups lays documents anew, which a prefix does not allow: leave out one of "
+                "mesh.groups and objective."
             )
         for name, axis, size in (
             ("batch", "data", self.data.batch // self.accumulate),

@@ -31,6 +31,7 @@ from seqlab.train.progress import Progress
 from seqlab.train.signals import StopRequest
 from seqlab.train.sinks import Sinks, open_sinks
 from seqlab.train.step import cross_entropy, make_evaluation, make_step
+from seqlab.train.turns import TurnTraining
 from seqlab.train.watchdog import LIMITS, Limits, Watchdog
 
 
@@ -131,7 +132,7 @@ class _Run:
                 self.tokenizer,
                 start=self.position,
                 fingerprint=self.fingerprint,
-                rows=rows,
+                rows=None if config.mesh.groups else rows,
             )
         )
         self.held_out = held_out_batches(config.data, self.tokenizer, rows=rows)
@@ -141,10 +142,7 @@ class _Run:
         console = Console(highlight=False, quiet=not processes.first())
         self.progress = self._closing(Progress(config.steps, first, console))
         self.say = self.progress.note
-        self.train_step = make_step(
-            *(self.model, self.optimizer, config.accumulate),
-            *(cross_entropy, config.objective.ask, config.seed),
-        )
+        self.place, self.train_step = self._training()
         self.evaluate_batch = make_evaluation(self.model, config.objective.ask)
         self._steps(stop)
         if self.step >= config.steps:
@@ -160,6 +158,17 @@ class _Run:
             name = signal.Signals(self.stopped).name
             self.say(f"{name}: saved at step {self.step}; run the same command to go on.")
         return self._outcome(trained=True)
+
+    def _training(self) -> tuple[Callable, Callable]:
+        """What puts a batch on devices, and the step that takes it."""
+        if self.config.mesh.groups:
+            turns = TurnTraining(self.model, self.optimizer, self.mesh, self.say)
+            return turns.place, turns.step
+        step = make_step(
+            *(self.model, self.optimizer, self.config.accumulate),
+            *(cross_entropy, self.config.objective.ask, self.config.seed),
+        )
+        return lambda batch: states.place(batch, self.mesh), step
 
     def _open_sinks(self) -> Sinks:
         """Of many processes the first alone writes."""
@@ -182,7 +191,7 @@ class _Run:
             asked = time.monotonic()
             compiling = self.step < first + 2  # metrics are fetched a step late
             self.watchdog.begins(self.step + 1, slow=compiling)
-            batch = states.place(next(self.loader), self.mesh)
+            batch = self.place(next(self.loader))
             waited = time.monotonic() - asked
             self.watchdog.at(f"in step {self.step + 1}", slow=compiling)
             params, optimizer, metrics = self.train_step(*self.state, batch)

@@ -70,23 +70,40 @@ def make_step(
     metrics hold what layers add to the loss (see `objective`), each under its name.
     """
 
-    def gradient(params, part):
-        nats = lambda params: objective(bind(skeleton, params), part, loss)
-        return jax.grad(nats, has_aux=True)(params)
+    gradient, update = make_gradient(skeleton, loss), make_update(optimizer)
 
     def step(params, state, batch):
         batch = ask(batch, jax.random.fold_in(jax.random.key(seed), _updates(state)))
         if accumulate == 1:
-            grads, (total, seen) = gradient(params, batch)
-        else:
-            parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+            return update(params, state, gradient(params, batch))
+        parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
 
-            def add(grads, part):
-                more, sums = gradient(params, part)
-                return jax.tree.map(jnp.add, grads, more), sums
+        def add(grads, part):
+            more, sums = gradient(params, part)
+            return jax.tree.map(jnp.add, grads, more), sums
 
-            grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-            total, seen = jax.tree.map(lambda a: jnp.sum(a, 0), sums)
+        grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+        return update(params, state, (grads, jax.tree.map(lambda a: jnp.sum(a, 0), sums)))
+
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler.options())
+
+
+def make_gradient(skeleton: LM, loss: Callable[[LM, Any], Loss] = loss) -> Callable:
+    """gradient(params, part of a batch) -> sums over its predicted tokens: the gradient, and what
+    `objective` tells beside. Those of several parts add up."""
+
+    def gradient(params, part):
+        nats = lambda params: objective(bind(skeleton, params), part, loss)
+        return jax.grad(nats, has_aux=True)(params)
+
+    return gradient
+
+
+def make_update(optimizer: optax.GradientTransformation) -> Callable:
+    """update(params, optimizer state, the sums of `make_gradient` over a batch) -> as a step."""
+
+    def update(params, state, sums):
+        grads, (total, seen) = sums
         count = jnp.maximum(total.tokens, 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, state = optimizer.update(grads, state, params)
@@ -99,7 +116,7 @@ def make_step(
         }
         return optax.apply_updates(params, updates), state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler.options())
+    return update
 
 
 def make_evaluation(
