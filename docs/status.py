@@ -39,6 +39,8 @@ FEATURES = {
     "data x seq x model": ("sharded equals one device",),
 }
 OWN = "shifts alone"  # what a mixer without a kernel does with time
+BESIDE = "precision", "experts", OWN  # what a kernel family may stand beside
+SPLIT = ("routed",)  # not a recurrence of its own, and has a transition all the same
 Verdicts = Callable[[str], Mapping[str, bool | None]]  # of a mixer's name: property -> verdict
 
 
@@ -116,7 +118,7 @@ def _kernel(module: str) -> str:
     layers = [".".join(n) for n in names if n[:2] == ["seqlab", "layers"] and len(n) == 3]
     whole = [node for node in nodes if node.module == "seqlab.layers"]
     layers += [f"seqlab.layers.{alias.name}" for node in whole for alias in node.names]
-    found = [f for f in (*families, *map(_kernel, layers)) if f not in ("precision", OWN)]
+    found = [f for f in (*families, *map(_kernel, layers)) if f not in BESIDE]
     return min(found, key=lambda family: family == "short_conv", default=OWN)  # it comes on top
 
 
@@ -124,8 +126,8 @@ def _forms(kernel: str) -> str:
     """The definition and its faster forms: a file of the family each."""
     folder = pathlib.Path(__file__).parent.parent / "seqlab" / "kernels" / kernel
     files = [f for f in ("xla", "pallas_tpu", "pallas_gpu") if (folder / f"{f}.py").exists()]
-    across = [] if kernel not in RECURRENCES else ["transition"]
-    if across and RECURRENCES[kernel].transition is None:
+    across = ["transition"] if kernel in (*RECURRENCES, *SPLIT) else []
+    if kernel in RECURRENCES and RECURRENCES[kernel].transition is None:
         across = ["relay"]
     return ", ".join(["definition", *files, *across])
 
