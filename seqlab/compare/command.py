@@ -113,9 +113,9 @@ def compare(comparison: Comparison, console: Console | None = None) -> list[Resu
     c = comparison
     with Board([entry.name for entry in c.entries], console) as board:
         c.train(board)
-        finished = c.finished()
-        if finished:
-            board.note(str(report.write(c.out, finished, c.task, c.protocol, c.facts)))
+    finished = c.finished()
+    if finished:
+        board.note(str(report.write(c.out, finished, c.task, c.protocol, c.facts)))
     return finished
 
 
