@@ -22,7 +22,7 @@ from seqlab.train import optimizer
 from seqlab.train.corpus import Batch
 from seqlab.train.step import make_step
 
-D, VOCAB, STEPS = 512, 256, 16
+D, VOCAB, STEPS = 512, 256, 8
 
 #: What is raced: a config of transformers by the number of layers and the longest document.
 CONFIGS: dict[str, Callable[[int, int], Any]] = {
