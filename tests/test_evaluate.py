@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from seqlab import cli
 from seqlab.errors import ConfigError, DataError, ModelError
 from seqlab.evaluate import asked, reading
 from seqlab.evaluate.accuracy import score
 from seqlab.evaluate.perplexity import perplexity
-from seqlab.layers.mixers import attention, gla
-from seqlab.models import lm, store
+from seqlab.models import store
 from seqlab.models.parameters import bind, parameters
 from seqlab.models.tokenizer import ByteTokenizer
 from seqlab.tasks import TEST_SEEDS, accuracy, protocol, read_twice, task_config
@@ -26,24 +24,18 @@ from seqlab.train.held_out import held_out_batches
 from seqlab.train.sources import Text, Tokens
 from seqlab.train.step import make_evaluation
 from seqlab.train.tokenize import tokenize
+from tests import byte_models
 from tests.runs import write_texts
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Weights large enough that what it says depends on what it has read."""
-    config = lm.Config(
-        vocab=257, d_model=16, pattern=(gla.Config(heads=2, chunk_size=8),), ffn=None
-    )
-    built = config.build(rngs=nnx.Rngs(0))
-    return bind(built, {n: a * 4 if a.ndim > 2 else a for n, a in parameters(built).items()})
+    return byte_models.heeding()
 
 
 @pytest.fixture(scope="module")
 def short():
-    """One that holds 32 tokens."""
-    config = lm.Config(vocab=257, d_model=16, pattern=(attention.Config(max_length=32),), ffn=None)
-    return config.build(rngs=nnx.Rngs(0))
+    return byte_models.forgetful()
 
 
 @pytest.fixture(scope="module")

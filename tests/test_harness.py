@@ -6,33 +6,23 @@ import sys
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from seqlab import cli
 from seqlab.evaluate.harness import Answers, adapter
 from seqlab.infer.generate import generate
-from seqlab.layers.mixers import attention, gla
-from seqlab.models import lm, store
-from seqlab.models.parameters import bind, parameters
+from seqlab.models import store
 from seqlab.models.tokenizer import ByteTokenizer
-from tests import hf_folders
+from tests import byte_models, hf_folders
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Weights large enough that what it says depends on what it has read."""
-    config = lm.Config(
-        vocab=257, d_model=16, pattern=(gla.Config(heads=2, chunk_size=8),), ffn=None
-    )
-    built = config.build(rngs=nnx.Rngs(0))
-    return bind(built, {n: a * 4 if a.ndim > 2 else a for n, a in parameters(built).items()})
+    return byte_models.heeding()
 
 
 @pytest.fixture(scope="module")
 def short():
-    """One that holds 32 tokens."""
-    config = lm.Config(vocab=257, d_model=16, pattern=(attention.Config(max_length=32),), ffn=None)
-    return config.build(rngs=nnx.Rngs(0))
+    return byte_models.forgetful()
 
 
 whole = jax.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)[0]))
