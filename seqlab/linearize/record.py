@@ -25,7 +25,8 @@ class Figures:
     """What was measured of one model.
 
     loss      nats per token of the held-out text
-    transfer  of every replaced layer, its relative error: mean |y - teacher's|^2 / mean |teacher's|^2
+    transfer  of every replaced layer, the mean square of what its output differs from the teacher's
+              over that of the teacher's
     recall    share of the values recalled, by the distance in tokens
     tokens    that it was trained on since the swap
     """

@@ -3,17 +3,14 @@ keeps."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab import settings
 from seqlab.errors import ConfigError, nearest
-from seqlab.layers import registry
-from seqlab.linearize import sources
-from seqlab.linearize.presets import PRESETS
+from seqlab.linearize import sources, targets
 from seqlab.linearize.recipes import METHODS, Stage
 from seqlab.settings import STRICT
 from seqlab.train.config import Mesh
@@ -47,20 +44,9 @@ class Request:
     seed: NonNegativeInt = 0
 
     def kept(self, layers: int) -> frozenset[int]:
-        """The layers, of so many, that stay; raises ConfigError for one that is not there."""
-        beyond = [layer for layer in self.keep if layer >= layers]
-        if beyond:
-            raise ConfigError(
-                f"--keep {beyond[0]} is beyond the model's {layers} layers, which count from 0: "
-                f"give layers up to {layers - 1}."
-            )
+        """The layers, of so many, that stay."""
         every = self.keep_every
         return frozenset(self.keep) | frozenset(range(every - 1, layers, every) if every else ())
-
-    def target(self) -> Callable[[Any], Any]:
-        """What makes the new mixer's config of an attention's."""
-        make = PRESETS.get(self.mixer) or registry_target(self.mixer)
-        return lambda config: settings.override(make(config), self.fields, self.mixer)
 
 
 #: What may differ when a linearization goes on.
@@ -101,26 +87,16 @@ def ask(
     request = Request(
         teacher=str(teacher.resolve()),
         method=method,
-        mixer=_mixer(mixer or METHODS[method].target),
+        mixer=targets.known(mixer or METHODS[method].target),
         train=train,
         held_out=evaluated,
         fields=tuple(_assignment(o) for o in overrides if o not in ours),
         keep=_layers(keep),
         keep_every=keep_every,
-        stages=METHODS[method].recipe,
+        stages=METHODS[method].stages,
         max_length=max_length,
     )
     return settings.override(request, ours)
-
-
-def _mixer(word: str) -> str:
-    """The name of a preset or of a mixer, of which a file may be given."""
-    if word.endswith(".py"):
-        return registry.register_file(word)
-    known = {*PRESETS, *registry.mixers()}
-    if word not in known:
-        raise ConfigError(f"There is no mixer {word!r}: {nearest(word, known)}")
-    return word
 
 
 def _assignment(word: str) -> str:

@@ -1,0 +1,29 @@
+"""`seqlab linearize`: a pretrained transformer becomes a model whose memory does not grow."""
+
+import pathlib
+
+from rich.console import Console
+
+from seqlab.errors import ConfigError
+from seqlab.linearize import dry_run, pipeline, report
+from seqlab.linearize.request import Request
+
+
+def run(
+    request: Request,
+    out: pathlib.Path,
+    *,
+    to: pathlib.Path | None = None,
+    dry: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Linearize, or with `dry` only say what that would do; prints tables."""
+    console = console or Console(highlight=False)
+    if to is not None and to.exists() and not (out / "linearize.json").exists():
+        raise ConfigError(f"--export {to} exists: choose another folder.")
+    if dry:
+        dry_run.show(request, console)
+        return
+    record = pipeline.linearize(request, out, to=to, say=console.print)
+    console.print(report.table(record))
+    console.print(f"The student is in {out}, its report in {out / 'report.html'}")

@@ -1,0 +1,140 @@
+"""A linearization from the teacher's folder to the student's: load, swap, train, save. Each step is
+measured, and one that is done is not done again."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from seqlab.linearize import facts, recall, report, room, sources, stage, targets
+from seqlab.linearize.measure import Judge, batch_size
+from seqlab.linearize.presets import PRESETS
+from seqlab.linearize.record import BASELINE, SWAP, TEACHER, Figures, Record
+from seqlab.linearize.request import Request
+from seqlab.linearize.swap import Pair, swap
+from seqlab.models import export, layout, store
+from seqlab.models.lm import LM
+from seqlab.parallel.mesh import use_mesh
+from seqlab.train.data import Data
+from seqlab.train.held_out import held_out_batches
+from seqlab.train.lock import RunLock
+
+WINDOW, SINKS = 64, 4  # of the baseline, where the method has no window of its own
+LENGTH = 2048  # tokens of a row in evaluations, where no stage has longer ones
+
+Say = Callable[[str], object]
+
+
+def linearize(
+    request: Request, out: pathlib.Path, *, to: pathlib.Path | None = None, say: Say = print
+) -> Record:
+    """Make all of a linearization that its folder lacks, and export the student to the folder `to`.
+
+    The folder holds linearize.json, report.html with its pictures, a run folder for each stage in
+    stages/ and, once it is finished, the student in model/, as `store.save` writes it. Whatever
+    ends this early, the same call goes on.
+
+    Raises a SeqlabError for bad input, before anything is trained, and what `train` raises.
+    """
+    Record(out, request)  # before a lock is left in a folder that is not ours
+    m = request.mesh
+    with RunLock(out), use_mesh(m.data, m.seq, m.model, **m.travel._asdict()) as mesh:
+        record = Record(out, request)
+        if record.finished:
+            say(f"{out} is finished.")
+        else:
+            _Run(request, record, mesh, say).go(to)
+        if to is not None and not to.exists():
+            export.export_hf(store.load(out), to, tokenizer=out / store.INNER)
+            say(f"{to} is the student as a published model.")
+    return record
+
+
+class _Run:
+    """What is done inside the folder's lock and the mesh."""
+
+    def __init__(self, request: Request, record: Record, mesh: Any, say: Say):
+        self.request, self.record, self.mesh, self.say = request, record, mesh, say
+        self.tokenizer = store.load_tokenizer(request.teacher)
+
+    def go(self, to: pathlib.Path | None) -> None:
+        r, out = self.request, self.record.folder
+        pair = self._swapped()
+        data = _data(r, pair.teacher)
+        sources.require(r.train, self.tokenizer, r.stages)
+        self.record.facts = facts.of(pair, r.stages)
+        room.require(pair, r.stages, out, to)
+        self.record.write()
+        judge = self._judge(data, pair.teacher)
+        self._figures(TEACHER, lambda: judge.teacher(pair.teacher))
+        self._figures(SWAP, lambda: judge.student(pair))
+        self._figures(BASELINE, lambda: judge.student(baseline(pair)))
+        tokens = 0
+        for name, wanted in named(r.stages):
+            pair = stage.run(pair, wanted, data, out / "stages" / name, say=self.say)
+            tokens += wanted.tokens
+            self._figures(name, lambda: judge.student(pair, tokens))
+        store.save(pair.student, out / store.INNER, tokenizer=store.tokenizer_of(r.teacher))
+        self.record.finished = True
+        self.record.write()
+        self._report()
+
+    def _swapped(self) -> Pair:
+        r = self.request
+        teacher = store.load(r.teacher, max_length=r.max_length)
+        store.load_tokenizer(r.teacher, teacher)  # refused where they do not belong together
+        keep = r.kept(len(layout.layers(teacher.config)))
+        target = targets.target(r.mixer, r.fields, teacher.config.d_model)
+        return swap(teacher, target, keep=keep, rngs=nnx.Rngs(r.seed))
+
+    def _judge(self, data: Data, teacher: LM) -> Judge:
+        batches = held_out_batches(data, self.tokenizer)
+        longest = teacher.max_length or max(recall.DISTANCES) * 2
+        distances = [d for d in recall.DISTANCES if recall.length(d) <= longest]
+        return Judge(batches, self.tokenizer, self.mesh, distances)
+
+    def _figures(self, name: str, measure: Callable[[], Figures]) -> None:
+        """Measure, unless that was done before, and say what came out."""
+        fresh = name not in self.record.figures
+        self.record.figure(name, measure)
+        if fresh:
+            self.say(report.sentence(self.record, name))
+            self._report()
+
+    def _report(self) -> None:
+        try:
+            report.write(self.record)
+        except Exception as error:  # the work is whole; its page is written again with the next
+            self.say(f"The report could not be written ({type(error).__name__}: {error}).")
+
+
+def named(stages) -> list[tuple[str, Any]]:
+    """Each stage with the name of its folder and of its figures."""
+    return [(f"{number}-{stage.loss}", stage) for number, stage in enumerate(stages, 1)]
+
+
+def baseline(pair: Pair) -> Pair:
+    """The teacher with a window and the first tokens in the place of whatever the student has:
+    nothing of it is trained, and it keeps as many keys as the student's window."""
+    blocks = layout.layers(pair.student.config)
+    window = getattr(blocks[pair.replaced[0]].mixer, "window", None) or WINDOW
+    target = lambda attention: PRESETS["swa_sink"](attention, window=max(window - SINKS, 1))
+    keep = set(range(len(blocks))) - set(pair.replaced)
+    return swap(pair.teacher, target, keep=keep, rngs=nnx.Rngs(0))
+
+
+def _data(r: Request, teacher: LM) -> Data:
+    """What stages read, and evaluations in rows of one length."""
+    longest = max((stage.length for stage in r.stages), default=LENGTH)
+    length = min(r.length or longest, teacher.max_length or longest)
+    spec = store.tokenizer_of(pathlib.Path(r.teacher))
+    return Data(
+        train=r.train,
+        held_out=r.held_out,
+        tokenizer=str(spec),
+        length=length,
+        batch=batch_size(teacher.config.vocab, length, r.mesh.data),
+        seed=r.seed,
+        held_out_rows=r.held_out_rows,
+    )
