@@ -1,41 +1,51 @@
 """`--dry-run`: what a linearization would change, train and need, before any weight is read."""
 
-import itertools
-import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from seqlab.layers.registry import mixer_name
-from seqlab.linearize import facts, room
+from seqlab.linearize.estimate import Estimate
 from seqlab.linearize.request import Request
-from seqlab.models import layout
 from seqlab.train import readable
 
 
-def show(request: Request, known: facts.Facts, console: Console) -> None:
-    """Print tables of what is known of a swap."""
-    console.print(_changes(request, known))
+def show(request: Request, found: Estimate, console: Console) -> None:
+    """Print what an estimate found."""
+    console.print(_changes(request, found))
     if request.stages:
-        console.print(_stages(request, known))
-    console.print(_needs(request, known))
+        console.print(_stages(request, found))
+    console.print(_needs(found))
 
 
-def _changes(request: Request, known: facts.Facts) -> Table:
+def _changes(request: Request, found: Estimate) -> Table:
     table = _table("What changes", "layers", "")
-    table.add_row(spans(known.replaced), f"attention becomes {request.mixer}")
-    kept = [layer for layer in range(known.layers) if layer not in known.replaced]
-    if kept:
+    table.add_row(spans(found.replaced), f"attention becomes {request.mixer}")
+    if kept := set(range(found.layers)) - set(found.replaced):
         table.add_row(spans(kept), "stay as they are")
     return table
 
 
-def _stages(request: Request, known: facts.Facts) -> Table:
+def _needs(found: Estimate) -> Table:
+    size = readable.size
+    table = _table("What it comes to", "", "")
+    for name, value in (
+        ("parameters of the teacher", f"{found.parameters:,}"),
+        ("parameters added", f"{found.added:,}"),
+        ("state of a sequence, in these layers", size(found.state_bytes)),
+        ("KV cache that it replaces, per token", size(found.cache_bytes)),
+        ("so the state is smaller from", f"{found.break_even:,} tokens on"),
+        ("memory, without activations", size(found.memory_bytes)),
+        ("disk, without an export", size(found.disk_bytes)),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _stages(request: Request, found: Estimate) -> Table:
     table = _table("What trains", "stage", "weights", "number", "tokens", "steps", "batch", "rate")
-    for number, (stage, trained) in enumerate(zip(request.stages, known.trained, strict=True), 1):
+    for number, (stage, trained) in enumerate(zip(request.stages, found.trained, strict=True), 1):
         table.add_row(
             f"{number} {stage.loss}",
             stage.train,

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from seqlab.errors import ModelError
-from seqlab.linearize import losses, recall
+from seqlab.linearize import losses
 from seqlab.linearize.record import Figures
 from seqlab.linearize.swap import Pair
 from seqlab.linearize.transfer import Models, layer
 from seqlab.models.lm import LM
 from seqlab.models.parameters import parameters
-from seqlab.models.tokenizer import Tokenizer
 from seqlab.train.corpus import Batch
 from seqlab.train.objective import NEXT_TOKEN, Asked
 from seqlab.train.state import place
@@ -29,11 +28,9 @@ def batch_size(vocab: int, length: int, devices: int) -> int:
 class Judge:
     """Measures models; those of one config are measured by one compiled program."""
 
-    def __init__(
-        self, batches: Iterable[Batch], tokenizer: Tokenizer, mesh: Any, distances: Iterable[int]
-    ):
-        self.batches, self.tokenizer, self.mesh = batches, tokenizer, mesh
-        self.distances = tuple(distances)
+    def __init__(self, batches: Iterable[Batch], mesh: Any, recall: Callable[[LM], dict]):
+        """`recall` says of a model what share it recalls by the distance, as `Figures` has it."""
+        self.batches, self.mesh, self.recall = batches, mesh, recall
         self._programs: dict[Any, Callable] = {}
 
     def teacher(self, model: LM) -> Figures:
@@ -61,9 +58,7 @@ class Judge:
             for name, value in sums.items()
             if name.startswith("layer_")
         }
-        model = models.student
-        recalled = {d: recall.accuracy(model, self.tokenizer, d) for d in self.distances}
-        return Figures(mean, transfer, recalled, tokens)
+        return Figures(mean, transfer, self.recall(models.student), tokens)
 
 
 def _beside(models: Models, asked: Asked) -> Loss:

@@ -7,20 +7,25 @@ from typing import Any
 
 from flax import nnx
 
-from seqlab.linearize import facts, recall, report, room, sources, stage, targets
+from seqlab.errors import DataError
+from seqlab.linearize import facts, report, room, sources, stage, targets
 from seqlab.linearize.measure import Judge, batch_size
 from seqlab.linearize.presets import PRESETS
+from seqlab.linearize.recall import recall
 from seqlab.linearize.record import BASELINE, SWAP, TEACHER, Figures, Record
 from seqlab.linearize.request import Request
 from seqlab.linearize.swap import Pair, swap
 from seqlab.models import export, layout, store
 from seqlab.models.lm import LM
 from seqlab.parallel.mesh import use_mesh
+from seqlab.train.corpus import open_corpus
 from seqlab.train.data import Data
 from seqlab.train.held_out import held_out_batches
 from seqlab.train.lock import RunLock
 
 WINDOW, SINKS = 64, 4  # of the baseline, where the method has no window of its own
+EVALUATIONS = 20  # of a stage, for its curve
+FILLER = 2**16  # tokens of the held-out text that recall takes stretches of
 LENGTH = 2048  # tokens of a row in evaluations, where no stage has longer ones
 
 Say = Callable[[str], object]
@@ -60,19 +65,27 @@ class _Run:
 
     def go(self, to: pathlib.Path | None) -> None:
         r, out = self.request, self.record.folder
-        pair = self._swapped()
+        teacher = store.load(r.teacher, max_length=r.max_length)
+        self.record.estimate = found = self._affordable(teacher.config, to)
+        pair = swap(teacher, *arguments(r, teacher.config), rngs=nnx.Rngs(r.seed))
         data = _data(r, pair.teacher)
-        sources.require(r.train, self.tokenizer, r.stages)
-        self.record.facts = facts.of(pair, r.stages)
-        room.require(pair, r.stages, out, to)
+        held = sources.tokens(r.train, self.tokenizer)
+        for name, wanted in named(r.stages):
+            wanted.require(held, name)
         self.record.write()
-        judge = self._judge(data, pair.teacher)
+        judge = Judge(held_out_batches(data, self.tokenizer), self.mesh, self._recall)
         self._figures(TEACHER, lambda: judge.teacher(pair.teacher))
         self._figures(SWAP, lambda: judge.student(pair))
         self._figures(BASELINE, lambda: judge.student(baseline(pair)))
         tokens = 0
         for name, wanted in named(r.stages):
-            pair = stage.run(pair, wanted, data, out / "stages" / name, say=self.say)
+            pair = stage.run(
+                *(pair, wanted, data, out / "stages" / name),
+                say=self.say,
+                mesh=r.mesh,
+                seed=r.seed,
+                evaluate_every=max(1, wanted.steps // EVALUATIONS),
+            )
             tokens += wanted.tokens
             self._figures(name, lambda: judge.student(pair, tokens))
         store.save(pair.student, out / store.INNER, tokenizer=store.tokenizer_of(r.teacher))
@@ -88,11 +101,14 @@ class _Run:
         target = targets.target(r.mixer, r.fields, teacher.config.d_model)
         return swap(teacher, target, keep=keep, rngs=nnx.Rngs(r.seed))
 
-    def _judge(self, data: Data, teacher: LM) -> Judge:
-        batches = held_out_batches(data, self.tokenizer)
-        longest = teacher.max_length or max(recall.DISTANCES) * 2
-        distances = [d for d in recall.DISTANCES if recall.length(d) <= longest]
-        return Judge(batches, self.tokenizer, self.mesh, distances)
+    def _recall(self, model: LM) -> dict[int, float | None]:
+        """Asked amid the beginning of the held-out text; nothing where that is too short for it."""
+        corpus = open_corpus(self.request.held_out[0], self.tokenizer)
+        filler = corpus.read([(0, min(corpus.tokens, FILLER))])[0]
+        try:
+            return recall(model, self.tokenizer, filler[filler != self.tokenizer.stop], say=_silent)
+        except DataError:
+            return {}
 
     def _figures(self, name: str, measure: Callable[[], Figures]) -> None:
         """Measure, unless that was done before, and say what came out."""
@@ -107,6 +123,10 @@ class _Run:
             report.write(self.record)
         except Exception as error:  # the work is whole; its page is written again with the next
             self.say(f"The report could not be written ({type(error).__name__}: {error}).")
+
+
+def _silent(text: str) -> None:
+    """Distances that a model cannot hold are seen in the table."""
 
 
 def named(stages) -> list[tuple[str, Any]]:

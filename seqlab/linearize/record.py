@@ -27,13 +27,14 @@ class Figures:
     loss      nats per token of the held-out text
     transfer  of every replaced layer, the mean square of what its output differs from the teacher's
               over that of the teacher's
-    recall    share of the values recalled, by the distance in tokens
+    recall    share of the values recalled, by the distance in tokens; None where a document of that
+              length is more than the model holds
     tokens    that it was trained on since the swap
     """
 
     loss: float
     transfer: dict[int, float]
-    recall: dict[int, float]
+    recall: dict[int, float | None]
     tokens: int = 0
 
     @property

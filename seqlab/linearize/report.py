@@ -15,7 +15,7 @@ from seqlab.train import metrics, page, readable
 from seqlab.train.folder import put
 from seqlab.train.page import text
 
-NAMES = {TEACHER: "teacher", SWAP: "at the swap", BASELINE: "window and sinks, untrained"}
+NAMES = {TEACHER: "teacher", SWAP: "at the swap", BASELINE: "window and sinks"}
 DASH = "–"
 
 
@@ -31,9 +31,9 @@ def closed(record: Record, found: Figures) -> float | None:
 
 
 def label(name: str) -> str:
-    """A row's name for a reader: "1-layer" is "after stage 1, layer"."""
+    """A row's name for a reader: "1-layer" is "stage 1, layer"."""
     number, _, loss = name.partition("-")
-    return NAMES.get(name) or f"after stage {number}, {loss}"
+    return NAMES.get(name) or f"stage {number}, {loss}"
 
 
 def sentence(record: Record, name: str) -> str:
@@ -72,7 +72,7 @@ def table(record: Record) -> Table:
     shown = Table(box=box.SIMPLE_HEAD)
     head, *lines = rows(record)
     for at, name in enumerate(head):
-        shown.add_column(name, justify="right" if at else "left")
+        shown.add_column(name, justify="right" if at else "left", no_wrap=not at)
     for line in lines:
         shown.add_row(*line)
     return shown
@@ -104,7 +104,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     if last is None:
         return [("Recovered", DASH, "nothing measured yet")]
     untrained = figures.get(BASELINE)
-    beside = f"{recovered(record, untrained):.1%} by window and sinks alone" if untrained else ""
+    beside = f"{recovered(record, untrained):.1%} by an untrained window and sinks" if untrained else ""
     gap = closed(record, last)
     return [
         ("Recovered of the teacher's perplexity", f"{recovered(record, last):.1%}", beside),
@@ -147,7 +147,7 @@ def _curves(record: Record, stages: list[str]) -> list[Line]:
         points = [p for p in points if p[0] < last.tokens]
         points.append((last.tokens, recovered(record, last)))
         xs, ys = zip(*points, strict=True)
-        found.append(Line(f"{stage.loss}, {stage.train}", xs, ys))
+        found.append(Line(label(name), xs, ys))
         before = name
     return found
 

@@ -62,14 +62,6 @@ def _holds_any(source: Text | Jsonl) -> bool:
         return False
 
 
-def require(train: Sequence[Source], tokenizer: Tokenizer, stages: Sequence) -> None:
-    """Raises DataError, naming the stage, where the text holds less than one of its batches."""
-    tokens = sum(open_corpus(source, tokenizer).tokens for source in train)
-    for number, stage in enumerate(stages):
-        if tokens < stage.batch * stage.length:
-            raise DataError(
-                f"The data to train on has {tokens:,} tokens, and stage {number + 1} "
-                f"({stage.loss}) takes {stage.batch} x {stage.length:,} = "
-                f"{stage.batch * stage.length:,} a step: give more text, or lower "
-                f"stages.{number}.batch or stages.{number}.length."
-            )
+def tokens(sources: Sequence[Source], tokenizer: Tokenizer) -> int:
+    """How many tokens they hold; raises DataError for what cannot be read."""
+    return sum(open_corpus(source, tokenizer).tokens for source in sources)

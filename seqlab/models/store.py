@@ -85,7 +85,7 @@ def load(
     Raises ModelError where the folder is no model, CheckpointError where it is damaged; a damaged
     checkpoint with a good one before it is passed over with a warning.
     """
-    path = _home(path)
+    path = home(path)
     if pretrained.is_published(path):
         return pretrained.load(path, max_length=max_length)
     _refuse(path, max_length)
@@ -108,7 +108,7 @@ def load(
 
 def load_config(path: str | os.PathLike, *, max_length: int | None = None) -> lm.Config:
     """The config of the model that `load` reads from a folder; none of its weights is read."""
-    path = _home(path)
+    path = home(path)
     if pretrained.is_published(path):
         return pretrained.described(path, max_length)[1]
     _refuse(path, max_length)
@@ -120,7 +120,7 @@ def load_tokenizer(path: str | os.PathLike, model: lm.LM | None = None) -> Token
 
     Raises ModelError where there is none, it cannot be read, or it has ids that `model` lacks.
     """
-    path = _home(path)
+    path = home(path)
     tokenizer = _tokenizer(path)
     if model is not None and tokenizer.vocab > model.config.vocab:
         raise ModelError(
@@ -139,7 +139,7 @@ def _tokenizer(path: pathlib.Path) -> Tokenizer:
 
 def tokenizer_of(path: pathlib.Path) -> str | pathlib.Path | None:
     """What `save` takes as the tokenizer of a model in a folder: the folder, if it has its own."""
-    path = _home(path)
+    path = home(path)
     if (path / TOKENIZER).is_file():
         return path
     return None if pretrained.is_published(path) else _fields(path).get("tokenizer", "bytes")
@@ -159,7 +159,7 @@ def _refuse(path: pathlib.Path, max_length: int | None) -> None:
         raise ModelError(f"{path} is no published model: its own config has the max_length.")
 
 
-def _home(path: str | os.PathLike) -> pathlib.Path:
+def home(path: str | os.PathLike) -> pathlib.Path:
     """The folder that holds config.json: this one, or its `model/`."""
     path = pathlib.Path(path)
     inner = path / INNER
