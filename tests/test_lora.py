@@ -73,7 +73,7 @@ def test_an_adapter_adds_its_product_times_alpha_over_rank():
     )
     draw = np.random.default_rng(0)
     one.lora_b[...] = jnp.asarray(draw.normal(size=(2, 5)), jnp.float32)
-    one.bias[...] = jnp.arange(5.0)
+    one.bias = nnx.Param(jnp.arange(5.0), axes=("heads",))
     x = jnp.asarray(draw.normal(size=(3, 4, 6)), jnp.float32)
     expected = x @ one.weight[...] + (x @ one.lora_a[...]) @ one.lora_b[...] * 1.5 + jnp.arange(5.0)
     assert_close(one(x), expected)

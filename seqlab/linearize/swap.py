@@ -106,8 +106,8 @@ def written_out(attention: Any, d_model: int) -> Any:
 
 def is_replaceable(one: blocks.Config) -> bool:
     """Whether a block mixes with softmax attention over all that came before."""
-    found = one.mixer is not None and registry.mixer_name(one.mixer) == ATTENTION
-    return found and one.mixer.window is None
+    mixer = one.mixer
+    return mixer is not None and registry.mixer_name(mixer) == ATTENTION and mixer.window is None
 
 
 def _replaced(old: list[blocks.Config], keep: Collection[int]) -> tuple[int, ...]:

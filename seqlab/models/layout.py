@@ -86,12 +86,12 @@ def restacked(held: dict[str, jax.Array], old: lm.Config, new: lm.Config) -> dic
 
 def _sources(old: lm.Config, new: lm.Config) -> dict[str, list[tuple[str, int | None]]]:
     """For each place of the new layout, the old places of its layers; "" is what is in none."""
-    found: dict[str, list] = {}
+    found: dict[str, list[tuple[str, int | None]]] = {"": [("", None)]}
     for (theirs, repeat, _), (ours, _, _) in zip(
         decoder.places(old), decoder.places(new), strict=True
     ):
         found.setdefault(ours, []).append((theirs, repeat))
-    return found | {"": [("", None)]}
+    return found
 
 
 def _layer_of(name: str, places) -> str:
