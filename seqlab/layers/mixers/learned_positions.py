@@ -43,6 +43,7 @@ class LearnedPositions(Mixer):
     """
 
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
+        self.config = config
         self.max_length = config.max_length
         table = jax.random.normal(rngs.params(), (config.max_length, d_model), jnp.float32)
         self.table = nnx.Param(config.std * table, axes=(None, "embed"))
@@ -52,6 +53,6 @@ class LearnedPositions(Mixer):
 
     def mix(self, x, state: State, reset):
         position = positions(reset, state.position)
-        refuse_overflow(position, self.max_length, "A table of learned positions")
+        refuse_overflow(position, self.config.max_length, "A table of learned positions")
         y = jnp.take(self.table[...], position, axis=0, mode="fill", fill_value=jnp.nan)
         return y.astype(x.dtype), State(position[:, -1] + 1)
