@@ -4,7 +4,6 @@ import pathlib
 
 from rich.console import Console
 
-from seqlab.errors import ConfigError
 from seqlab.linearize import dry_run, pipeline, report
 from seqlab.linearize.request import Request
 
@@ -19,10 +18,8 @@ def run(
 ) -> None:
     """Linearize, or with `dry` only say what that would do; prints tables."""
     console = console or Console(highlight=False)
-    if to is not None and to.exists() and not (out / "linearize.json").exists():
-        raise ConfigError(f"--export {to} exists: choose another folder.")
     if dry:
-        dry_run.show(request, console)
+        dry_run.show(request, pipeline.estimated(request), console)
         return
     record = pipeline.linearize(request, out, to=to, say=console.print)
     console.print(report.table(record))

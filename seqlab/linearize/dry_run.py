@@ -1,7 +1,5 @@
 """`--dry-run`: what a linearization would change, train and need, before any weight is read."""
 
-from collections.abc import Iterable
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -21,9 +19,9 @@ def show(request: Request, found: Estimate, console: Console) -> None:
 
 def _changes(request: Request, found: Estimate) -> Table:
     table = _table("What changes", "layers", "")
-    table.add_row(spans(found.replaced), f"attention becomes {request.mixer}")
+    table.add_row(readable.spans(found.replaced), f"attention becomes {request.mixer}")
     if kept := set(range(found.layers)) - set(found.replaced):
-        table.add_row(spans(kept), "stay as they are")
+        table.add_row(readable.spans(kept), "stay as they are")
     return table
 
 
@@ -56,17 +54,6 @@ def _stages(request: Request, found: Estimate) -> Table:
             f"{stage.lr:.3g}",
         )
     return table
-
-
-def spans(layers: Iterable[int]) -> str:
-    """Numbers with runs of them drawn together: 0-2, 4, 6-7."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def _table(title: str, *names: str) -> Table:

@@ -62,7 +62,7 @@ class Estimate:
         return self.student_bytes + room.checkpoints(self.trained)
 
 
-def of(plan: Plan, stages: Sequence[Stage], teacher: pathlib.Path) -> Estimate:
+def estimate(plan: Plan, stages: Sequence[Stage], teacher: pathlib.Path) -> Estimate:
     """What a swap and the stages after it come to, of a teacher in a folder."""
     student = plan.student.skeleton()
     held, added = plan.teacher.skeleton(), plan.extra

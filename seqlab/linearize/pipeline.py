@@ -7,15 +7,16 @@ from typing import Any
 
 from flax import nnx
 
-from seqlab.errors import DataError
-from seqlab.linearize import facts, report, room, sources, stage, targets
+from seqlab.errors import ConfigError, DataError
+from seqlab.linearize import report, room, sources, stage, targets
+from seqlab.linearize.estimate import Estimate, estimate
 from seqlab.linearize.measure import Judge, batch_size
 from seqlab.linearize.presets import PRESETS
 from seqlab.linearize.recall import recall
 from seqlab.linearize.record import BASELINE, SWAP, TEACHER, Figures, Record
 from seqlab.linearize.request import Request
-from seqlab.linearize.swap import Pair, swap
-from seqlab.models import export, layout, store
+from seqlab.linearize.swap import Pair, Plan, plan, swap
+from seqlab.models import export, layout, lm, store
 from seqlab.models.lm import LM
 from seqlab.parallel.mesh import use_mesh
 from seqlab.train.corpus import open_corpus
@@ -42,8 +43,9 @@ def linearize(
 
     Raises a SeqlabError for bad input, before anything is trained, and what `train` raises.
     """
-    Record(out, request)  # before a lock is left in a folder that is not ours
-    m = request.mesh
+    record, m = Record(out, request), request.mesh  # a folder that is not ours is left alone
+    if to is not None and to.exists() and not record.finished:
+        raise ConfigError(f"--export {to} exists: choose another folder.")
     with RunLock(out), use_mesh(m.data, m.seq, m.model, **m.travel._asdict()) as mesh:
         record = Record(out, request)
         if record.finished:
@@ -51,9 +53,22 @@ def linearize(
         else:
             _Run(request, record, mesh, say).go(to)
         if to is not None and not to.exists():
-            export.export_hf(store.load(out), to, tokenizer=out / store.INNER)
+            own = store.tokenizer_of(out)
+            tokenizer = own if isinstance(own, pathlib.Path) else None
+            export.export_hf(store.load(out), to, tokenizer=tokenizer)
             say(f"{to} is the student as a published model.")
     return record
+
+
+def planned(request: Request) -> Plan:
+    """What the swap of a request would change; raises what `swap.plan` does."""
+    config = store.load_config(request.teacher, max_length=request.max_length)
+    return plan(config, **_arguments(request, config))
+
+
+def estimated(request: Request) -> Estimate:
+    """What a request comes to; no weight is read."""
+    return estimate(planned(request), request.stages, pathlib.Path(request.teacher))
 
 
 class _Run:
@@ -65,20 +80,17 @@ class _Run:
 
     def go(self, to: pathlib.Path | None) -> None:
         r, out = self.request, self.record.folder
+        self._check(to)
         teacher = store.load(r.teacher, max_length=r.max_length)
-        self.record.estimate = found = self._affordable(teacher.config, to)
-        pair = swap(teacher, *arguments(r, teacher.config), rngs=nnx.Rngs(r.seed))
+        pair = swap(teacher, **_arguments(r, teacher.config), rngs=nnx.Rngs(r.seed))
+        del teacher  # where it lies otherwise than the pair's, its weights are held twice till now
         data = _data(r, pair.teacher)
-        held = sources.tokens(r.train, self.tokenizer)
-        for name, wanted in named(r.stages):
-            wanted.require(held, name)
-        self.record.write()
         judge = Judge(held_out_batches(data, self.tokenizer), self.mesh, self._recall)
         self._figures(TEACHER, lambda: judge.teacher(pair.teacher))
         self._figures(SWAP, lambda: judge.student(pair))
         self._figures(BASELINE, lambda: judge.student(baseline(pair)))
         tokens = 0
-        for name, wanted in named(r.stages):
+        for name, wanted in r.runs.items():
             pair = stage.run(
                 *(pair, wanted, data, out / "stages" / name),
                 say=self.say,
@@ -87,19 +99,22 @@ class _Run:
                 evaluate_every=max(1, wanted.steps // EVALUATIONS),
             )
             tokens += wanted.tokens
-            self._figures(name, lambda: judge.student(pair, tokens))
+            self._figures(name, lambda pair=pair, tokens=tokens: judge.student(pair, tokens))
         store.save(pair.student, out / store.INNER, tokenizer=store.tokenizer_of(r.teacher))
         self.record.finished = True
         self.record.write()
         self._report()
 
-    def _swapped(self) -> Pair:
-        r = self.request
-        teacher = store.load(r.teacher, max_length=r.max_length)
-        store.load_tokenizer(r.teacher, teacher)  # refused where they do not belong together
-        keep = r.kept(len(layout.layers(teacher.config)))
-        target = targets.target(r.mixer, r.fields, teacher.config.d_model)
-        return swap(teacher, target, keep=keep, rngs=nnx.Rngs(r.seed))
+    def _check(self, to: pathlib.Path | None) -> None:
+        """Refuse what would come to grief later, before weights are read."""
+        r, record = self.request, self.record
+        record.estimate = found = estimated(r)
+        held = sources.tokens(r.train, self.tokenizer)
+        for name, wanted in r.runs.items():
+            wanted.require(held, name)
+        exported = {to: found.student_bytes} if to is not None else {}
+        room.require({record.folder: found.disk_bytes, **exported})
+        record.write()
 
     def _recall(self, model: LM) -> dict[int, float | None]:
         """Asked amid the beginning of the held-out text; nothing where that is too short for it."""
@@ -129,11 +144,6 @@ def _silent(text: str) -> None:
     """Distances that a model cannot hold are seen in the table."""
 
 
-def named(stages) -> list[tuple[str, Any]]:
-    """Each stage with the name of its folder and of its figures."""
-    return [(f"{number}-{stage.loss}", stage) for number, stage in enumerate(stages, 1)]
-
-
 def baseline(pair: Pair) -> Pair:
     """The teacher with a window and the first tokens in the place of whatever the student has:
     nothing of it is trained, and it keeps as many keys as the student's window."""
@@ -144,15 +154,20 @@ def baseline(pair: Pair) -> Pair:
     return swap(pair.teacher, target, keep=keep, rngs=nnx.Rngs(0))
 
 
+def _arguments(r: Request, config: lm.Config) -> dict[str, Any]:
+    """Of `plan` and `swap`, for a teacher of this config."""
+    keep = r.kept(len(layout.layers(config)))
+    return {"target": targets.target(r.mixer, r.fields, config.d_model), "keep": keep}
+
+
 def _data(r: Request, teacher: LM) -> Data:
     """What stages read, and evaluations in rows of one length."""
     longest = max((stage.length for stage in r.stages), default=LENGTH)
     length = min(r.length or longest, teacher.max_length or longest)
-    spec = store.tokenizer_of(pathlib.Path(r.teacher))
     return Data(
         train=r.train,
         held_out=r.held_out,
-        tokenizer=str(spec),
+        tokenizer=str(store.tokenizer_of(pathlib.Path(r.teacher))),
         length=length,
         batch=batch_size(teacher.config.vocab, length, r.mesh.data),
         seed=r.seed,

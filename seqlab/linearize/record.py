@@ -4,12 +4,12 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ConfigError
+from seqlab.linearize.estimate import Estimate
 from seqlab.linearize.request import MAY_CHANGE, Request
 from seqlab.settings import STRICT
 from seqlab.train.folder import difference, put
@@ -43,14 +43,14 @@ class Figures:
 
 
 class Record:
-    """The file of one folder, written anew at every figure; `facts` are those of the swap."""
+    """The file of one folder, written anew at every figure."""
 
     def __init__(self, folder: pathlib.Path, request: Request):
         """Raises ConfigError where the folder holds something else, or the figures of another
         request, whose first field that differs is named."""
         self.folder, self.request = folder, request
         self.figures: dict[str, Figures] = {}
-        self.facts: dict[str, Any] = {}
+        self.estimate: Estimate | None = None
         self.finished = False
         if (folder / FILE).exists():
             self._read()
@@ -70,7 +70,7 @@ class Record:
         fields = {
             "format": FORMAT,
             "asked": settings.plain(self.request),
-            "facts": self.facts,
+            "estimate": self.estimate and settings.plain(self.estimate),
             "figures": {name: settings.plain(f) for name, f in self.figures.items()},
             "finished": self.finished,
         }
@@ -86,7 +86,8 @@ class Record:
             then, known = held["asked"], held["format"] == FORMAT
             figures = held["figures"].items()
             self.figures = {name: settings.read(Figures, f, FILE) for name, f in figures}
-            self.facts, self.finished = held["facts"], held["finished"]
+            self.estimate = held["estimate"] and settings.read(Estimate, held["estimate"], FILE)
+            self.finished = held["finished"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
             known = False
         if not known:

@@ -99,12 +99,14 @@ def _stages(record: Record) -> list[str]:
 
 
 def _tiles(record: Record) -> list[tuple[str, str, str]]:
-    figures, facts = record.figures, record.facts
+    figures, known = record.figures, record.estimate
     last = figures[(_stages(record) or [SWAP])[-1]] if SWAP in figures else None
-    if last is None:
+    if last is None or known is None:
         return [("Recovered", DASH, "nothing measured yet")]
     untrained = figures.get(BASELINE)
-    beside = f"{recovered(record, untrained):.1%} by an untrained window and sinks" if untrained else ""
+    beside = (
+        f"{recovered(record, untrained):.1%} by an untrained window and sinks" if untrained else ""
+    )
     gap = closed(record, last)
     return [
         ("Recovered of the teacher's perplexity", f"{recovered(record, last):.1%}", beside),
@@ -113,8 +115,8 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         ("Tokens", readable.count(last.tokens), "trained on"),
         (
             "State of a sequence",
-            readable.size(facts["state_bytes"]),
-            f"less than the teacher's beyond {facts['break_even']:,} tokens",
+            readable.size(known.state_bytes),
+            f"a KV cache is larger from {known.break_even:,} tokens on",
         ),
     ]
 
@@ -137,7 +139,7 @@ def _curves(record: Record, stages: list[str]) -> list[Line]:
     """What each stage recovered on its way, from its own evaluations where those read rows as long
     as ours."""
     found, before = [], SWAP
-    for name, stage in zip(stages, record.request.stages, strict=False):
+    for name, stage in zip(stages, record.request.runs.values(), strict=False):
         start = record.figures[before]
         points = [(start.tokens, recovered(record, start))]
         for row in _evaluations(record.folder / "stages" / name):
@@ -176,9 +178,21 @@ def _html(table: list[list[str]]) -> str:
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    r = record.request
-    return {
+    r, found = record.request, record.estimate
+    facts: dict[str, Any] = {
         "Teacher": r.teacher,
         "Method": f"{r.method}: {METHODS[r.method].source}",
         "Mixer": " ".join([r.mixer, *r.fields]),
+        "Held out": f"{', '.join(source.name for source in r.held_out)}",
     }
+    if found is not None:
+        kept = set(range(found.layers)) - set(found.replaced)
+        facts |= {
+            "Layers changed": readable.spans(found.replaced),
+            **({"Layers that stay": readable.spans(kept)} if kept else {}),
+            "Parameters of the teacher": found.parameters,
+            "Parameters added": found.added,
+        }
+        for name, trained in zip(r.runs, found.trained, strict=True):
+            facts[f"Trained in {label(name)}"] = trained
+    return facts

@@ -43,6 +43,11 @@ class Request:
     mesh: Mesh = Mesh()
     seed: NonNegativeInt = 0
 
+    @property
+    def runs(self) -> dict[str, Stage]:
+        """The stages by the names that their folders and figures have."""
+        return {f"{number}-{stage.loss}": stage for number, stage in enumerate(self.stages, 1)}
+
     def kept(self, layers: int) -> frozenset[int]:
         """The layers, of so many, that stay."""
         every = self.keep_every
