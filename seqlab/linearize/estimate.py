@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from seqlab.linearize import room, stage
 from seqlab.linearize.recipes import Stage
 from seqlab.linearize.swap import Pair, Plan, written_out
-from seqlab.models import layout, lm, store
+from seqlab.models import layout, store
 from seqlab.models.parameters import parameters
 from seqlab.models.summary import parameter_count
 from seqlab.settings import STRICT
