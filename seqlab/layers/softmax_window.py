@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from seqlab.kernels.precision import widen
+from seqlab.kernels.soft_cap import soft_cap
 from seqlab.layers.ring import Ring
 
 #: Multiplies scores until a softmax of them is a choice: in float32 two scores of about 10 that
@@ -19,7 +20,9 @@ def with_logits(y: jax.Array, lse: jax.Array, logits: jax.Array) -> tuple[jax.Ar
     return (jnp.exp(lse - more)[..., None] * widen(y)).astype(y.dtype), more
 
 
-def largest_score(ring: Ring, q, k, kept, places, scale: float, implementation) -> jax.Array:
+def largest_score(
+    ring: Ring, q, k, kept, places, *, scale: float, cap: float | None, implementation: str | None
+) -> jax.Array:
     """The largest score of each query [B, T, H], float32 or wider; arguments as `Ring.attend` has
     them, `kept` of keys alone.
 
@@ -31,4 +34,4 @@ def largest_score(ring: Ring, q, k, kept, places, scale: float, implementation) 
     (nearest, _), _ = ring.attend(
         choice(q), choice(k), k, *chosen, scale=SHARP, implementation=implementation
     )
-    return scale * jnp.sum(widen(q) * widen(nearest), -1)
+    return soft_cap(scale * jnp.sum(widen(q) * widen(nearest), -1), cap)

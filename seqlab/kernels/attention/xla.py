@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible, visible_blocks
 from seqlab.kernels.kept import kept
 from seqlab.kernels.precision import widen
+from seqlab.kernels.soft_cap import soft_cap
 
 
 class Options(NamedTuple):
@@ -23,11 +24,20 @@ class Options(NamedTuple):
     sinks: int
     scale: float
     causal: bool = True
+    cap: float | None = None
 
     @property
     def sight(self) -> dict[str, Any]:
         """Who sees whom, as `visible` takes it."""
         return {"window": self.window, "sinks": self.sinks, "causal": self.causal}
+
+    def scores(self, products: jax.Array) -> jax.Array:
+        """The scores of products q . k, before the mask."""
+        return soft_cap(products * self.scale, self.cap)
+
+    def slope(self, scores: jax.Array) -> jax.Array | float:
+        """How fast these scores, not masked, grow with their products."""
+        return self.scale if self.cap is None else self.scale * (1 - (scores / self.cap) ** 2)
 
 
 class Queries(NamedTuple):
@@ -200,7 +210,7 @@ def see(options: Options, queries: Queries, keys: Keys, seen: Seen) -> Seen:
 
     def step(i, j, clear, carry):
         acc, top, total = (a[i] for a in carry)
-        scores = _dot("bgtk,bgks->bgts", q[i], k_turned[j]) * options.scale
+        scores = options.scores(_dot("bgtk,bgks->bgts", q[i], k_turned[j]))
         at = q_at[:, i][..., None], k_at[:, j][:, :, None]
         scores = _masked(options, scores, *at, clear)
         highest = jnp.maximum(top, scores.max(-1))
@@ -221,12 +231,12 @@ def pull(options: Options, done: Answered, keys: Keys, gradients: Gradients) -> 
 
     def step(i, j, clear, carry):  # scores and what is like them stand as [keys, queries]
         dq_turned, dk, dv = carry
-        scores = _dot("bgsk,bgkt->bgst", k[j], q_turned[i]) * options.scale
+        scores = options.scores(_dot("bgsk,bgkt->bgst", k[j], q_turned[i]))
         at = q_at[:, i][:, :, None], k_at[:, j][..., None]
-        scores = _masked(options, scores, *at, clear)
-        weights = jnp.exp(scores - lse[i][:, :, None])
+        weights = jnp.exp(_masked(options, scores, *at, clear) - lse[i][:, :, None])
         dweights = _dot("bgsv,bgvt->bgst", v[j], dy_turned[i])
-        dscores = (weights * (dweights - offset[i][:, :, None]) * options.scale).astype(q.dtype)
+        dscores = weights * (dweights - offset[i][:, :, None]) * options.slope(scores)
+        dscores = dscores.astype(q.dtype)
         dv = _add(dv, j, _dot("bgst,bgtv->bgsv", weights.astype(dy.dtype), dy[i]))
         dk = _add(dk, j, _dot("bgst,bgtk->bgsk", dscores, q[i]))
         dq_turned = _add(dq_turned, i, _dot("bgks,bgst->bgkt", k_turned[j], dscores))

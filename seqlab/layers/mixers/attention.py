@@ -80,6 +80,7 @@ class Attention(AttentionHeads):
             (state.k, state.v),
             self.ring.places(state.position, position, reset),
             scale=c.scale,
+            cap=c.cap,
             implementation=c.implementation,
         )
         return merge(seen[0]), State(*kept, position[:, -1] + 1)

@@ -6,7 +6,7 @@ Lizard (Nguyen et al., 2025) are some of them.
 """
 
 import math
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,13 +126,15 @@ class HybridAttention(AttentionHeads):
 
     def _see(self, q, k, v, kept, places):
         """((y_w, what it weighs beside the memory or None), what is kept)"""
-        scale, run = self.config.scale or self.head_dim**-0.5, self.config.implementation
-        (y, lse), left = self.ring.attend(q, k, v, kept, places, scale=scale, implementation=run)
+        c = self.config
+        options: dict[str, Any] = {"scale": c.scale or self.head_dim**-0.5, "cap": c.cap}
+        options["implementation"] = c.implementation
+        (y, lse), left = self.ring.attend(q, k, v, kept, places, **options)
         if self.sink is not None:
             y, lse = with_logits(y, lse, self.sink[...])
         if self.window_factor is None:
             return (y, None), left
-        top = largest_score(self.ring, q, k, kept[0], places, scale, run)
+        top = largest_score(self.ring, q, k, kept[0], places, **options)
         if self.sink is not None:
             top = jnp.maximum(top, jnp.max(self.sink[...]))
         weight = jnp.exp(jax.nn.log_sigmoid(self.window_factor[...]) + lse - top)[..., None]
