@@ -1,6 +1,5 @@
 """Published linearizations, held against what their papers define and against softmax attention."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 

@@ -34,7 +34,7 @@ FORMS = {
 #: log a of each of H heads: ALiBi's slopes (Press et al., 2022), RetNet's rates (Sun et al., 2023)
 RATES = {
     "alibi": lambda H: -(2.0 ** (-8 * np.arange(1, H + 1) / H)),
-    "retnet": lambda H: np.log1p(-(2.0 ** (-5 - np.arange(H)))),
+    "retention": lambda H: np.log1p(-(2.0 ** (-5 - np.arange(H)))),
 }
 
 
@@ -73,7 +73,7 @@ class Config:
     decay_width: PositiveInt | None = None
     decay_normed: bool = False
     decay_bias: float | None = 3.0
-    decay_rates: Literal["alibi", "retnet"] = "alibi"
+    decay_rates: Literal["alibi", "retention"] = "alibi"
     write: Literal["features", "forgotten", "slots"] = "features"
     norm: Literal["none", "own", "groupnorm"] = "none"
     eps: PositiveFinite = 1e-6

@@ -20,9 +20,7 @@ def with_logits(y: jax.Array, lse: jax.Array, logits: jax.Array) -> tuple[jax.Ar
     return (jnp.exp(lse - more)[..., None] * widen(y)).astype(y.dtype), more
 
 
-def largest_score(
-    ring: Ring, q, k, kept, places, *, scale: float, cap: float | None, implementation: str | None
-) -> jax.Array:
+def largest_score(ring: Ring, q, k, kept, places, *, scale, cap, implementation) -> jax.Array:
     """The largest score of each query [B, T, H], float32 or wider; arguments as `Ring.attend` has
     them, `kept` of keys alone.
 

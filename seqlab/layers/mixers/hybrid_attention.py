@@ -6,7 +6,7 @@ Lizard (Nguyen et al., 2025) are some of them.
 """
 
 import math
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +51,7 @@ class Config(attention_heads.Config):
     def __post_init__(self):
         super().__post_init__()
         if self.window is None and (self.sinks or self.sink_logits or not self.overlap):
-            raise ConfigError(
-                "hybrid_attention: sinks and a memory of what is behind the window need a window."
-            )
+            raise ConfigError("hybrid_attention: sinks and overlap=False need a window.")
         if self.mix == "joint" and self.memory.norm != "own":
             raise ConfigError(
                 'hybrid_attention: mix="joint" divides by sums of weights, so the memory has to '
@@ -126,9 +124,8 @@ class HybridAttention(AttentionHeads):
 
     def _see(self, q, k, v, kept, places):
         """((y_w, what it weighs beside the memory or None), what is kept)"""
-        c = self.config
-        options: dict[str, Any] = {"scale": c.scale or self.head_dim**-0.5, "cap": c.cap}
-        options["implementation"] = c.implementation
+        c, scale = self.config, self.config.scale or self.head_dim**-0.5
+        options = {"scale": scale, "cap": c.cap, "implementation": c.implementation}
         (y, lse), left = self.ring.attend(q, k, v, kept, places, **options)
         if self.sink is not None:
             y, lse = with_logits(y, lse, self.sink[...])
