@@ -106,8 +106,8 @@ def supra(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
 def _hybrid(teacher: attention.Config, fields: dict[str, Any]) -> hybrid_attention.Config:
     """With the teacher's projections, and a window of 64 tokens unless the fields say otherwise."""
     names = (field.name for field in dataclasses.fields(attention_heads.Config))
-    taught: dict[str, Any] = {name: getattr(teacher, name) for name in names}
-    return hybrid_attention.Config(**taught | {"window": 64} | fields)
+    taught: dict[str, Any] = {"window": 64} | {name: getattr(teacher, name) for name in names}
+    return hybrid_attention.Config(**taught | fields)
 
 
 def _hedgehog(teacher: attention.Config) -> feature_maps.Config:
