@@ -2,7 +2,7 @@
 
 Vaswani et al. (2017); rotary positions, Su et al. (2021); grouped heads, Ainslie et al. (2023);
 sinks (the first tokens of a document stay visible), Xiao et al. (2023); normed queries and keys,
-Henry et al. (2020); the gate, Qiu et al. (2025).
+Henry et al. (2020); the gate, Qiu et al. (2025); capped scores, Gemma Team (2024, Gemma 2).
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -35,7 +35,7 @@ class Config:
     rope_base None is no positions; `rope_fraction` of a head's channels turn. `qk_norm` norms
     queries and keys within each head, with one weight for all, or over their full width. With
     `gate`, each channel of y is multiplied by sigmoid(x W_gate). `out_norm` norms what enters W_o
-    (Wang et al., 2022).
+    (Wang et al., 2022). Scores are bent below `cap` by a tanh if there is one.
     """
 
     heads: PositiveInt = 4
@@ -54,6 +54,7 @@ class Config:
     gate: bool = False
     out_norm: norms.Config | None = None
     scale: PositiveFinite | None = None
+    cap: PositiveFinite | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -129,6 +130,7 @@ class Attention(Mixer):
             window=c.window,
             sinks=c.sinks,
             scale=c.scale,
+            cap=c.cap,
             implementation=c.implementation,
         )
         y = merge(y)
