@@ -103,7 +103,6 @@ class _Run:
         store.save(pair.student, out / store.INNER, tokenizer=store.tokenizer_of(r.teacher))
         self.record.finished = True
         self.record.write()
-        self._report()
 
     def _check(self, to: pathlib.Path | None) -> None:
         """Refuse what would come to grief later, before weights are read."""
@@ -131,6 +130,7 @@ class _Run:
         self.record.figure(name, measure)
         if fresh:
             self.say(report.sentence(self.record, name))
+        if fresh and BASELINE in self.record.figures:
             self._report()
 
     def _report(self) -> None:
