@@ -60,7 +60,7 @@ class Ring(NamedTuple):
         document = jnp.cumsum(reset, 1, dtype=jnp.int32)  # what the state holds is document 0
         return (position, document), (held, jnp.where(held < 0, -1, 0))
 
-    def attend(self, q, k, v, kept: tuple, places: tuple, **options) -> tuple[tuple, tuple]:
+    def attend(self, q, k, v, kept: tuple, places: tuple, **options) -> tuple[tuple, Any]:
         """What T queries see of the tokens that come with them and of those `kept`, and what is
         kept then.
 

@@ -116,9 +116,8 @@ class HybridAttention(AttentionHeads):
         if not c.overlap:
             old, valid = self.ring.leaving(state.kept, near[1:], state.position, position)
             far = far[0], *old
-        read, memory = self.memory(
-            *(x, *far, gate, valid, turn, reset, state.memory), implementation=c.implementation
-        )
+        written, run = (gate, valid, turn), c.implementation
+        read, memory = self.memory(x, *far, *written, reset, state.memory, implementation=run)
         y = merge(self._mixed(seen, read)).astype(x.dtype)
         return y, State(kept, memory, position[:, -1] + 1)
 
