@@ -114,8 +114,8 @@ class HybridAttention(AttentionHeads):
             places = self.ring.places(state.position, position, reset)
             seen, kept = self._see(*near, state.kept, places)
         if not c.overlap:
-            old, valid = self.ring.leaving(state.kept, near[1:], state.position, position)
-            far = far[0], *old
+            left, valid = self.ring.leaving(state.kept, near[1:], state.position, position)
+            far = far[0], left[0], left[1]
         written, run = (gate, valid, turn), c.implementation
         read, memory = self.memory(x, *far, *written, reset, state.memory, implementation=run)
         y = merge(self._mixed(seen, read)).astype(x.dtype)
