@@ -111,18 +111,23 @@ class Ring(NamedTuple):
 
     def refuse_overflow(self, position: jax.Array) -> None:
         """Raises ModelError if it can be known that positions [B, T] do not fit."""
-        if self.limit is None:
-            return
-        T, traced = position.shape[1], isinstance(position, Tracer)
-        length = T if traced else max(T, int(position.max()) + 1)
-        if length > self.limit:
-            raise ModelError(
-                f"Full attention with max_length={self.limit} cannot hold {length} tokens: "
-                "shorten the document, or give the config a larger max_length or a window."
-            )
+        if self.limit is not None:
+            refuse_overflow(position, self.limit, "Full attention", " or a window")
 
     def mark_overflow(self, y: jax.Array, position: jax.Array) -> jax.Array:
         """y [B, T, D], NaN from the first token on that does not fit."""
         if self.limit is None:
             return y
         return jnp.where((position < self.limit)[..., None], y, jnp.nan)
+
+
+def refuse_overflow(position: jax.Array, limit: int, holder: str, instead: str = "") -> None:
+    """Raises ModelError, which begins with `holder`, if it can be known that positions [B, T] are
+    not all below a limit."""
+    T, traced = position.shape[1], isinstance(position, Tracer)
+    length = T if traced else max(T, int(position.max()) + 1)
+    if length > limit:
+        raise ModelError(
+            f"{holder} with max_length={limit} cannot hold {length} tokens: shorten the document, "
+            f"or give the config a larger max_length{instead}."
+        )
