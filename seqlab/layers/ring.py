@@ -9,7 +9,6 @@ from jax.core import Tracer
 from seqlab.errors import ModelError
 from seqlab.kernels.attention import attention_with_lse
 
-
 Pair = tuple[jax.Array, jax.Array]
 
 
