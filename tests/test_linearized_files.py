@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import seqlab
 from seqlab.errors import ConfigError, ModelError
-from seqlab.models import decoder, export, hf_config, pretrained, tensors
+from seqlab.linearize.presets import PRESETS
+from seqlab.linearize.swap import swap
+from seqlab.models import decoder, hf_config, pretrained, tensors
 from seqlab.models.convert import convert
 from seqlab.models.parameters import bind, decays, parameters
 from tests.hf_folders import CONFIG, bits, llama, write
@@ -62,6 +65,7 @@ WINDOW = seqlab.mixer_config("attention", heads=2, kv_heads=1, window=4, sinks=1
 GLA = seqlab.mixer_config("gla", heads=2, conv_width=0)
 LINEAR = seqlab.mixer_config("linear_attention", heads=2)
 DELTA = seqlab.mixer_config("gated_delta_net")
+FEATURES = {f"feature_map_{x}.weight": (2, 8, 8) for x in "qk"}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,24 @@ def test_other_families_and_layouts_come_back_to_the_bit(raw, mixer, layer, name
     assert same(seqlab.load(folder), model)
 
 
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("liger", {}),
+        ("lizard", {**FEATURES, "alpha": (), "sink": (4,), "gate.weight": (16,), "gate.bias": ()}),
+        ("lolcats", {**FEATURES, "window_factor": (2,)}),
+    ],
+)
+def test_what_a_published_method_adds_has_names_of_its_own(method, names, tmp_path):
+    attention = seqlab.mixer_config("attention", heads=2, kv_heads=1, head_dim=8)
+    model = student(CONFIG, PRESETS[method](attention))
+    folder = seqlab.export_hf(model, tmp_path / method)
+    prefix = "model.layers.1.self_attn."
+    held = {n.removeprefix(prefix): a.shape for n, a in tensors.read(folder).items() if prefix in n}
+    assert {n: shape for n, shape in held.items() if "_proj" not in n} == names
+    assert same(seqlab.load(folder), model)
+
+
 def test_what_is_loaded_computes_the_same_to_the_bit(exported):
     model, folder = exported
     tokens = jnp.arange(12).reshape(2, 6) * 7
@@ -138,15 +160,15 @@ def test_max_length_is_that_of_the_attention_which_was_kept(exported):
     assert seqlab.load(exported[1], max_length=99).max_length == 99
 
 
-def test_a_teacher_of_ours_has_a_family_too(tmp_path):
+def test_the_student_of_a_teacher_of_ours_has_a_family_too(tmp_path):
     attention = seqlab.mixer_config("attention", heads=2, kv_heads=1)
-    teacher = seqlab.LMConfig(vocab=97, d_model=16, pattern=(attention,), repeats=2)
-    raw = export.fields_of(teacher)
-    assert raw is not None and raw["model_type"] == "llama"
-    changed = dataclasses.replace(teacher, pattern=(GLA,), published=json.dumps(raw))
-    folder = seqlab.export_hf(random(changed), tmp_path / "x")
-    assert same(seqlab.load(folder), random(changed))
-    assert export.fields_of(dataclasses.replace(teacher, pattern=(GLA,))) is None
+    config = seqlab.LMConfig(vocab=97, d_model=16, pattern=(attention,), repeats=2)
+    made = swap(random(config), PRESETS["liger"], keep=[1], rngs=nnx.Rngs(0)).student
+    folder = seqlab.export_hf(made, tmp_path / "x")
+    assert (
+        json.loads((folder / "config.json").read_text())["seqlab"]["base"]["model_type"] == "llama"
+    )
+    assert same(seqlab.load(folder), made)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
