@@ -72,8 +72,10 @@ class Config:
 class AttentionHeads(Mixer):
     """y = W_o norm(attend(x) * sigmoid(x W_gate)), the norm and the gate if there are any.
 
-    A mixer of this kind defines `init_state` and `attend`.
+    A mixer of this kind defines `config`, `init_state` and `attend`.
     """
+
+    config: Any
 
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         c = config

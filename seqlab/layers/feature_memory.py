@@ -220,6 +220,6 @@ class FeatureMemory(nnx.Module):
 def _token_gate(bias: float | None, d_model: int, rngs: nnx.Rngs) -> Linear:
     """x w + b, w zero at the start."""
     gate = Linear(d_model, 1, ("embed", None), bias=bias is not None, std=0.0, rngs=rngs)
-    if gate.bias is not None:
+    if bias is not None and gate.bias is not None:
         gate.bias[...] += bias
     return gate

@@ -9,6 +9,8 @@ from jax.core import Tracer
 from seqlab.errors import ModelError
 from seqlab.kernels.attention import attention_with_lse
 
+Pair = tuple[jax.Array, jax.Array]
+
 
 class Ring(NamedTuple):
     """Slots for the first tokens of a document, and slots that the tokens after share in turn.
@@ -34,7 +36,7 @@ class Ring(NamedTuple):
     def _parts(self) -> tuple[int, int]:
         return (self.max_length or 0, 0) if self.window is None else (self.sinks, self.window)
 
-    def empty(self, batch: int, heads: int, width: int) -> tuple[jax.Array, jax.Array]:
+    def empty(self, batch: int, heads: int, width: int) -> Pair:
         """Keys and values of no token, [B, slots, G, K] each."""
         k, v = (jnp.zeros((batch, self.slots, heads, width), jnp.float32) for _ in "kv")
         return k, v  # two buffers, for states are donated
@@ -60,7 +62,7 @@ class Ring(NamedTuple):
         document = jnp.cumsum(reset, 1, dtype=jnp.int32)  # what the state holds is document 0
         return (position, document), (held, jnp.where(held < 0, -1, 0))
 
-    def attend(self, q, k, v, kept: tuple, places: tuple, **options) -> tuple[tuple, tuple]:
+    def attend(self, q, k, v, kept: Pair, places: tuple, **options) -> tuple[Pair, Pair]:
         """What T queries see of the tokens that come with them and of those `kept`, and what is
         kept then.
 

@@ -83,9 +83,9 @@ class Stage:
         """Raises DataError where data of so many tokens is too short for this stage, `name`."""
         if held * self.epochs < self.tokens:
             raise DataError(
-                f"The stage {name} asks for {self.tokens:,} tokens and the data has {held:,}, to be "
-                f"read {self.epochs:g} times at most: give more text, lower the stage's tokens, or "
-                "raise its epochs."
+                f"The stage {name} asks for {self.tokens:,} tokens and the data has {held:,}, to "
+                f"be read {self.epochs:g} times at most: give more text, lower the stage's tokens, "
+                "or raise its epochs."
             )
 
     def optimizer(self) -> Optimizer:

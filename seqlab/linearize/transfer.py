@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from seqlab.kernels.precision import widen
 from seqlab.layers import auxiliary
 from seqlab.layers.mixer import Mixer
-from seqlab.models.decoder import places
+from seqlab.models.layout import stacks
 from seqlab.models.lm import LM
 from seqlab.train.objective import Asked
 from seqlab.train.step import Loss
@@ -101,11 +101,9 @@ def _blocks(model: LM) -> list:
 
 def _by_depth(model: LM, states) -> dict[int, Distance]:
     """Of every layer that was watched."""
-    layers = places(model.config)
-    order = list(dict.fromkeys(prefix for prefix, _, _ in layers))  # as states come
-    found = {}
-    for depth, (prefix, repeat, _) in enumerate(layers):
-        state = states[order.index(prefix)].mixer
-        if isinstance(state, Distance):
-            found[depth] = jax.tree.map(lambda a: a[repeat or 0], state)
-    return found
+    return {
+        depth: jax.tree.map(lambda a: a[repeat], state.mixer)
+        for state, stack in zip(states, stacks(model.config), strict=True)
+        if isinstance(state.mixer, Distance)
+        for repeat, depth in enumerate(stack)
+    }

@@ -114,11 +114,10 @@ class HybridAttention(AttentionHeads):
             places = self.ring.places(state.position, position, reset)
             seen, kept = self._see(*near, state.kept, places)
         if not c.overlap:
-            old, valid = self.ring.leaving(state.kept, near[1:], state.position, position)
-            far = far[0], *old
-        read, memory = self.memory(
-            *(x, *far, gate, valid, turn, reset, state.memory), implementation=c.implementation
-        )
+            left, valid = self.ring.leaving(state.kept, near[1:], state.position, position)
+            far = far[0], left[0], left[1]
+        written, run = (gate, valid, turn), c.implementation
+        read, memory = self.memory(x, *far, *written, reset, state.memory, implementation=run)
         y = merge(self._mixed(seen, read)).astype(x.dtype)
         return y, State(kept, memory, position[:, -1] + 1)
 
