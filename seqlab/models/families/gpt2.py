@@ -1,4 +1,7 @@
-"""GPT-2 (Radford et al., 2019), with or without the prefix that its oldest files lack."""
+"""GPT-2 (Radford et al., 2019), with or without the prefix that its oldest files lack.
+
+Its positions are a block of their own, so that layer 0 of the file is block 1 here.
+"""
 
 from seqlab.layers import ffn, norm
 from seqlab.layers.mixers import attention, learned_positions
