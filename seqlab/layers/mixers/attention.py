@@ -20,7 +20,7 @@ from seqlab.layers import norm as norms
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.ring import Ring
-from seqlab.layers.rope import Scaling, positions, rope
+from seqlab.layers.rope import Scaling, frequencies, positions, rope
 from seqlab.settings import STRICT, PositiveFinite
 
 
@@ -104,6 +104,8 @@ class Attention(Mixer):
             raise ConfigError(
                 f"attention: rope needs an even head_dim, not {self.rotated}; or rope_base=None."
             )
+        if c.rope_base is not None:
+            frequencies(self.rotated, c.rope_base, c.rope_scaling)  # refuses what does not fit
         project = lambda d: Linear(d_model, d, ("embed", "heads"), bias=c.qkv_bias, rngs=rngs)
         self.q, self.k, self.v = project(c.heads * K), project(G * K), project(G * K)
         self.gate = project(c.heads * K) if c.gate else None
