@@ -59,8 +59,8 @@ class Config:
 
     Embeddings are multiplied by `embed_scale`, where "root" is the root of d_model, rounded as they
     are (Gemma); then normed if `embed_norm` says how. Logits are multiplied by `logit_scale`, then
-    bent below `logit_cap` by a tanh if there is one. `head_bias` adds a bias to them, in a head that
-    is not tied.
+    bent below `logit_cap` by a tanh if there is one. `head_bias` adds a bias to them, in a head
+    that is not tied.
 
     `published` is the config.json of the published checkpoint that the model was read from, and
     that it is exported as.
