@@ -85,7 +85,9 @@ class _Run:
             )
             tokens += wanted.tokens
             self._figures(name, lambda pair=pair, tokens=tokens: judge.student(pair, tokens))
-        store.save(pair.student, out / store.INNER, tokenizer=store.tokenizer_of(r.teacher))
+        store.save(
+            pair.student, out / store.INNER, tokenizer=store.tokenizer_of(pathlib.Path(r.teacher))
+        )
         self.record.finished = True
         self.record.write()
 
@@ -98,9 +100,10 @@ class _Run:
     def _recall(self, model: LM) -> dict[int, float | None]:
         """Asked amid the beginning of the held-out text; nothing where that is too short for it."""
         corpus = open_corpus(self.request.held_out[0], self.tokenizer)
-        filler = corpus.read([(0, min(corpus.tokens, FILLER))])[0]
+        ids = corpus.read([(0, min(corpus.tokens, FILLER))])[0]
+        filler = ids[ids != self.tokenizer.stop].tolist()
         try:
-            return recall(model, self.tokenizer, filler[filler != self.tokenizer.stop], say=_silent)
+            return recall(model, self.tokenizer, filler, say=_silent)
         except DataError:
             return {}
 
