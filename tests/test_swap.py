@@ -16,6 +16,7 @@ from seqlab.layers.mixers import attention
 from seqlab.layers.registry import mixer_config
 from seqlab.linearize import carry
 from seqlab.linearize.fit import fit
+from seqlab.linearize.presets import PRESETS
 from seqlab.linearize.swap import Pair, plan, swap
 from seqlab.models import decoder, layout, lm
 from seqlab.models.parameters import parameters
@@ -248,3 +249,13 @@ def test_what_cannot_be_swapped_is_said_in_a_sentence(teacher, target, keep, err
 def test_a_model_without_full_attention_has_nothing_to_swap():
     with pytest.raises(ModelError, match="no layer of full softmax attention"):
         plan(model(mixer_config("gla")).config, windowed(4))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_takes_over_all_of_the_attention_as_it_is(name):
+    attention = dataclasses.replace(ATTENTION, qk_norm=norm.Config(), qkv_bias=True)
+    teacher = lm.Config(vocab=31, d_model=32, pattern=(attention,), repeats=2)
+    made = plan(teacher, PRESETS[name])
+    assert all(source.axis is None for source in made.carried.values())
+    old, new = (parameters(config.skeleton()) for config in (made.teacher, made.student))
+    assert made.left == frozenset() and made.extra == new.keys() - old.keys()
