@@ -260,7 +260,8 @@ def _weights(path: pathlib.Path, skeleton: lm.LM) -> dict[str, jax.Array]:
     """The arrays of a file as they are stored, float32 or narrower; `bind` compares the names."""
     like, named = parameters(skeleton), axes(skeleton)
     alone = jax.sharding.get_mesh().empty
-    read = safetensors.flax.load_file if alone else lambda path: dict(tensors.mapped(path))
+    read: Callable[..., dict] = safetensors.flax.load_file
+    read = read if alone else lambda path: dict(tensors.mapped(path))
     try:
         arrays = trits.restored(read(path), like, path)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
