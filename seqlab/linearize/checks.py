@@ -2,6 +2,7 @@
 trains, and with nothing written."""
 
 import pathlib
+from typing import Any
 
 from seqlab.errors import ModelError
 from seqlab.linearize import sources, stage, targets
@@ -43,12 +44,13 @@ def checked(request: Request, to: pathlib.Path | None = None) -> Estimate:
 def planned(r: Request) -> Plan:
     """What the swap of a request changes."""
     config = store.load_config(r.teacher, max_length=r.max_length)
-    return plan(config, targets.target(r.mixer, r.fields, config.d_model), keep=kept(r, config))
+    return plan(config, **arguments(r, config))
 
 
-def kept(r: Request, config: lm.Config) -> frozenset[int]:
-    """The layers of a teacher that are to stay."""
-    return r.kept(len(layout.layers(config)))
+def arguments(r: Request, config: lm.Config) -> dict[str, Any]:
+    """Those of `plan` and `swap`, for a teacher of this config."""
+    target = targets.target(r.mixer, r.fields, config.d_model)
+    return {"target": target, "keep": r.kept(len(layout.layers(config)))}
 
 
 def data_of(r: Request, teacher: LM) -> Data:

@@ -8,14 +8,14 @@ from typing import Any
 from flax import nnx
 
 from seqlab.errors import DataError
-from seqlab.linearize import report, room, stage, targets
-from seqlab.linearize.checks import checked, data_of, kept
+from seqlab.linearize import report, room, stage
+from seqlab.linearize.checks import arguments, checked, data_of
 from seqlab.linearize.measure import Judge
 from seqlab.linearize.presets import PRESETS
 from seqlab.linearize.recall import recall
 from seqlab.linearize.record import BASELINE, SWAP, TEACHER, Figures, Record
 from seqlab.linearize.request import Request
-from seqlab.linearize.swap import Pair, Target, swap
+from seqlab.linearize.swap import Pair, Target, plan, swap
 from seqlab.models import convert, layout, store
 from seqlab.models.lm import LM
 from seqlab.parallel.mesh import use_mesh
@@ -93,9 +93,9 @@ class _Run:
 
     def _swapped(self) -> Pair:
         r = self.request
-        teacher = store.load(r.teacher, max_length=r.max_length)
-        target = targets.target(r.mixer, r.fields, teacher.config.d_model)
-        return swap(teacher, target, keep=kept(r, teacher.config), rngs=nnx.Rngs(r.seed))
+        lying = lambda config: plan(config, **arguments(r, config)).teacher  # as the swap needs it
+        teacher = store.load(r.teacher, max_length=r.max_length, layout=lying)
+        return swap(teacher, **arguments(r, teacher.config), rngs=nnx.Rngs(r.seed))
 
     def _recall(self, model: LM) -> dict[int, float | None]:
         """Asked amid the beginning of the held-out text; nothing where that is too short for it."""

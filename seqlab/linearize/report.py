@@ -40,7 +40,7 @@ def label(name: str) -> str:
 def sentence(record: Record, name: str) -> str:
     """What was measured under a name, in one line."""
     found = record.figures[name]
-    line = f"{label(name)}: perplexity {found.perplexity:.4g}"
+    line = f"{label(name)}: perplexity {found.perplexity:#.4g}"
     return line if name == TEACHER else f"{line}, {recovered(record, found):.1%} recovered"
 
 
@@ -58,7 +58,7 @@ def rows(record: Record) -> list[list[str]]:
             [
                 label(name),
                 readable.count(found.tokens) if trained else DASH,
-                f"{found.perplexity:.4g}",
+                f"{found.perplexity:#.4g}",
                 DASH if name == TEACHER else f"{recovered(record, found):.1%}",
                 _percent(gap),
                 f"{error:.3g}" if found.transfer else DASH,
@@ -118,13 +118,13 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     gap = closed(record, last)
     return [
         ("Recovered of the teacher's perplexity", f"{recovered(record, last):.1%}", beside),
-        ("Perplexity", f"{last.perplexity:.4g}", f"teacher {figures[TEACHER].perplexity:.4g}"),
+        ("Perplexity", f"{last.perplexity:#.4g}", f"teacher {figures[TEACHER].perplexity:#.4g}"),
         ("Gap closed", _percent(gap), "of the nats the swap cost"),
         ("Tokens", readable.count(last.tokens), "trained on"),
         (
-            "State of a sequence",
+            "State",
             readable.size(known.state_bytes),
-            f"a KV cache is larger from {known.break_even:,} tokens on",
+            f"a KV cache of {known.break_even:,} tokens is larger",
         ),
     ]
 
