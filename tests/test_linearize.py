@@ -18,7 +18,7 @@ from seqlab.linearize import command, measure, pipeline, report, request, room, 
 from seqlab.linearize.record import Record
 from seqlab.models import store
 from seqlab.train.corpus import open_corpus
-from seqlab.train.sources import Jsonl, Text, Tokens
+from seqlab.train.sources import Documents, Jsonl, Text, Tokens
 from tests.hf_folders import CONFIG, llama, write
 from tests.runs import write_texts, write_tokenizer
 
@@ -55,9 +55,10 @@ def asked(teacher, texts):
 @pytest.fixture(scope="module")
 def whole(asked, tmp_path_factory):
     """A linearization in one go: its folder, and what was printed."""
-    out, console = tmp_path_factory.mktemp("whole") / "out", Console(file=io.StringIO(), width=80)
+    out, said = tmp_path_factory.mktemp("whole") / "out", io.StringIO()
+    console = Console(file=said, width=80)
     command.run(asked("lizard_rope", *SMALL), out, console=console)
-    return out, console.file.getvalue()
+    return out, said.getvalue()
 
 
 def run(*arguments):
@@ -160,9 +161,10 @@ def test_a_folder_takes_one_linearization_alone(whole, asked, tmp_path):
 
 
 def test_what_would_be_done_is_told_and_nothing_is(asked, tmp_path):
-    console = Console(file=io.StringIO(), width=80)
+    file = io.StringIO()
+    console = Console(file=file, width=80)
     command.run(asked("lolcats", *SMALL, keep="0"), tmp_path / "out", dry=True, console=console)
-    said = " ".join(console.file.getvalue().split())
+    said = " ".join(file.getvalue().split())
     assert "0 stay as they are" in said and "1 attention becomes lolcats" in said
     # for each of 2 heads two feature maps of 8 x 8, and a factor
     assert "parameters added 258 " in said and "1 layer extra 258 192 3 2 x 32 0.01" in said
@@ -276,9 +278,9 @@ def test_words_are_read_as_the_sources_they_are(tmp_path):
 
 
 def test_what_is_held_out_is_never_trained_on(texts):
-    (train,), (held_out,) = sources.split([Text((f"{texts}/*.txt",))], 0.4)
-    read = [set(sources.Documents(source)) for source in (train, held_out)]
-    assert all(read) and not read[0] & read[1] and len(read[0] | read[1]) == 8
+    parts = sources.split([Text((f"{texts}/*.txt",))], 0.4)
+    read = [set(Documents(one)) for (one,) in parts if isinstance(one, Text)]
+    assert len(read) == 2 and all(read) and not read[0] & read[1] and len(read[0] | read[1]) == 8
 
 
 def test_every_nth_layer_can_stay_beside_those_that_are_named(asked):
@@ -287,7 +289,7 @@ def test_every_nth_layer_can_stay_beside_those_that_are_named(asked):
 
 def test_the_baseline_keeps_as_many_keys_as_the_student():
     teacher = attention.Config(head_dim=8)
-    for window, own in ((8, 4), (None, 60)):
-        mixer = attention.Config(window=window)
+    for window, sinks, own in ((8, 0, 4), (60, 4, 60), (None, 0, 60)):
+        mixer = attention.Config(window=window, sinks=sinks)
         found = pipeline.window_and_sinks(mixer)(teacher)
         assert (found.window, found.sinks) == (own, 4)

@@ -99,9 +99,9 @@ def _transfer(theme: Theme, lines: Sequence[Line], size: tuple[float, float]) ->
     colours = [*BEFORE[: len(lines) - 1], theme.train]
     for line, colour in zip(lines, colours, strict=False):
         axes.plot(line.xs, line.ys, color=colour, lw=1.5, marker="o", ms=3.5, label=line.name)
-    axes.set_ylim(0, 1.15 * max(y for line in lines for y in line.ys) or 1)
+    axes.set_ylim(0, 1.7 * max(y for line in lines for y in line.ys) or 1)  # names stand on top
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
-    legend(axes, theme, "best")
+    legend(axes, theme, "upper right")
     return figure
 
 
@@ -111,7 +111,8 @@ def _recall(theme: Theme, lines: Sequence[Line]) -> Figure:
     for line, colour in zip(lines, (theme.muted, theme.held_out, theme.train), strict=True):
         axes.plot(places, line.ys, color=colour, lw=1.7, marker="o", ms=4.5, label=line.name)
     axes.set_xticks(places, [f"{x:,.0f}" for x in lines[0].xs])
-    axes.set_ylim(-0.04, 1.06)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
-    legend(axes, theme, "best")
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    axes.set_yticks(shares, [f"{share:.0%}" for share in shares])
+    axes.set_ylim(-0.04, 1.45)  # names stand on top
+    legend(axes, theme, "upper right")
     return figure

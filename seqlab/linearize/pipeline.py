@@ -138,5 +138,6 @@ def baseline(pair: Pair) -> Pair:
 
 def window_and_sinks(mixer: Any) -> Target:
     """Attention that sees as many keys as a mixer's window has, the first tokens among them."""
-    window = getattr(mixer, "window", None) or WINDOW
-    return lambda attention: PRESETS["swa_sink"](attention, window=max(window - SINKS, 1))
+    window, sinks = getattr(mixer, "window", None), getattr(mixer, "sinks", 0)
+    own = max((window or WINDOW) + sinks - SINKS, 1)
+    return lambda attention: PRESETS["swa_sink"](attention, window=own)

@@ -61,7 +61,7 @@ def rows(record: Record) -> list[list[str]]:
                 f"{found.perplexity:#.4g}",
                 DASH if name == TEACHER else f"{recovered(record, found):.1%}",
                 _percent(gap),
-                f"{error:.3g}" if found.transfer else DASH,
+                f"{error:.3f}" if found.transfer else DASH,
                 *(
                     DASH if share is None else f"{share:.0%}"
                     for share in map(found.recall.get, distances)
@@ -73,10 +73,11 @@ def rows(record: Record) -> list[list[str]]:
 
 def table(record: Record) -> Table:
     """The same for a terminal."""
-    shown = Table(box=box.SIMPLE_HEAD)
+    shown = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     head, *lines = rows(record)
     for at, name in enumerate(head):
-        shown.add_column(name, justify="right" if at else "left", no_wrap=not at)
+        folded = name.replace(" ", "\n")
+        shown.add_column(folded, justify="right" if at else "left", no_wrap=True)
     for line in lines:
         shown.add_row(*line)
     return shown
