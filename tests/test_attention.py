@@ -17,12 +17,12 @@ from seqlab.kernels.attention.xla import blockwise
 B, BLOCK = 2, 16
 BLOCKS = BLOCK, BLOCK // 2
 
-# T, S, heads, kv heads, window, sinks
+# T, S, heads, kv heads, window, sinks, cap
 CASES = [
-    (37, 53, 4, 2, None, 0),
-    (16, 64, 2, 2, 9, 0),
-    (33, 5, 3, 1, 7, 2),
-    (2, 130, 2, 1, 40, 3),
+    (37, 53, 4, 2, None, 0, None),
+    (16, 64, 2, 2, 9, 0, 1.5),
+    (33, 5, 3, 1, 7, 2, None),
+    (2, 130, 2, 1, 40, 3, 1.5),
 ]
 
 
@@ -51,8 +51,8 @@ def with_gradients(run, qkv, at, options):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_blockwise_equals_the_definition(case):
-    T, S, H, G, window, sinks = case
-    options = {"window": window, "sinks": sinks, "scale": 0.7}
+    T, S, H, G, window, sinks, cap = case
+    options = {"window": window, "sinks": sinks, "scale": 0.7, "cap": cap}
     with jax.enable_x64(True):
         qkv, at = tokens(T, S, H, G)
         outputs, gradients = with_gradients(
@@ -64,14 +64,15 @@ def test_blockwise_equals_the_definition(case):
         assert_close(gradients, expected_gradients, GRADIENT)
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (40, 3)])
-def test_blocks_in_which_all_is_seen_equal_the_definition(window, sinks):
+@pytest.mark.parametrize(("window", "sinks", "cap"), [(None, 0, None), (40, 3, 1.5)])
+def test_blocks_in_which_all_is_seen_equal_the_definition(window, sinks, cap):
     """Tokens in order, in one document or two: here most blocks need no mask, and go without."""
     with jax.enable_x64(True):
         qkv, _ = tokens(80, 80, 2, 1)
         position, document = np.tile(np.arange(80, dtype=np.int32), (B, 1)), np.zeros((B, 80), int)
         position[1, 50:], document[1, 50:] = np.arange(30), 1
-        at, options = (position, document) * 2, {"window": window, "sinks": sinks, "scale": 0.7}
+        at = (position, document) * 2
+        options = {"window": window, "sinks": sinks, "scale": 0.7, "cap": cap}
         blocks = functools.partial(blockwise, block=BLOCKS)
         actual = with_gradients(blocks, qkv, at, options)
         expected = with_gradients(definition, qkv, at, options)
@@ -94,9 +95,11 @@ def test_narrow_operands_keep_their_dtype_and_accumulate_in_float32(dtype):
     assert_close(gradients, gradients_, GRADIENT)
 
 
-@pytest.mark.parametrize(("H", "G", "window", "sinks"), [(4, 2, None, 0), (3, 3, 40, 3)])
+@pytest.mark.parametrize(
+    ("H", "G", "window", "sinks", "cap"), [(4, 2, None, 0, None), (3, 3, 40, 3, 1.5)]
+)
 def test_one_query_over_what_a_state_holds_and_its_own_key_equals_the_definition(
-    H, G, window, sinks
+    H, G, window, sinks, cap
 ):
     with jax.enable_x64(True):
         (q, k, v), (q_position, q_document, *k_at) = tokens(1, 53, H, G)
@@ -108,7 +111,8 @@ def test_one_query_over_what_a_state_holds_and_its_own_key_equals_the_definition
             return attention_with_lse(q, k, v, q_position, q_document, *k_at, past=past, **options)
 
         def run(implementation):
-            options = {"window": window, "sinks": sinks, "implementation": implementation}
+            options = {"window": window, "sinks": sinks, "cap": cap}
+            options["implementation"] = implementation
             return with_gradients(split, [q, k, v], [q_position, q_document, *k_at], options)
 
         (ours, gradients), (expected, expected_gradients) = run("xla"), run("reference")
@@ -120,7 +124,7 @@ def test_one_query_over_what_a_state_holds_and_its_own_key_equals_the_definition
 @pytest.mark.parametrize("run", [definition, functools.partial(blockwise, block=BLOCKS)])
 def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(run):
     qkv, at = tokens(37, 53, 4, 2, dtype=np.float32)
-    options = {"window": None, "sinks": 0, "scale": 0.7}
+    options = {"window": None, "sinks": 0, "scale": 0.7, "cap": 1.5}
     (y, lse), gradients = with_gradients(run, qkv, at, options)
     assert (y[:, 0] == 0).all() and (lse[:, 0] == np.float32(EMPTY)).all()
     assert (y[:, 1:] != 0).any((2, 3)).mean() > 0.9

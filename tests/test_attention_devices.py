@@ -20,7 +20,7 @@ from seqlab.parallel.mesh import ATTENTIONS, use_mesh
 B, T, H, G, K, V, SLOTS = 2, 32, 8, 2, 4, 3, 6
 CUBE = {"data": 2, "seq": 2, "model": 2}
 CAUSAL, WINDOW = {}, {"window": 7, "sinks": 2}
-BOTH, NEAR = {"causal": False}, {"causal": False, "window": 5}
+BOTH, NEAR = {"causal": False}, {"causal": False, "window": 5, "cap": 1.5}
 
 
 @functools.cache

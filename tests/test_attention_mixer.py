@@ -57,7 +57,9 @@ MIXERS = {
         gate=True,
         scale=0.5,
     ),
-    "sinks": Config(heads=4, kv_heads=2, head_dim=6, window=5, sinks=2, qk_norm=norms.Config()),
+    "sinks": Config(
+        heads=4, kv_heads=2, head_dim=6, window=5, sinks=2, qk_norm=norms.Config(), cap=2.0
+    ),
 }
 
 

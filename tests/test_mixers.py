@@ -153,6 +153,7 @@ def test_mixer_has_the_property(case, prove):
         ("gru", "heads"),
         ("elman", "heads"),
         ("attention", "heads kv_heads head_dim window max_length rope_base"),
+        ("learned_positions", "max_length std"),
         ("titans_lmm", "heads depth expand conv_width max_inner_lr norm_eps chunk_size"),
         ("titans_mac", "heads persistent rope_base norm_eps"),
         ("titans_mag", "norm_eps"),

@@ -12,6 +12,7 @@ same state come out. That one law is training, chunked prefill, constant-memory 
 sessions; `seqlab.check` holds every mixer to it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,12 @@ class Mixer(nnx.Module):
     #: `shared` [B, T, D] travels from block to block beside x (a model starts it with its
     #: embeddings), None where the mixer stands alone.
     shares: bool = False
+
+    #: Which of its linear maps take over projections of softmax attention when the mixer takes its
+    #: place, besides those that are called q, k, v and out: a `qkv` of (("q", 64), ("k", 64),
+    #: ("v", 64)) has in its columns (rows for out) so many of each, in this order; one that comes
+    #: again goes on where it ended. A width None is the whole map.
+    projections: Mapping[str, tuple[tuple[str, int | None], ...]] = {}
 
     def __call__(
         self, x: jax.Array, state: State = None, *, reset: jax.Array | None = None

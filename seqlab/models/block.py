@@ -39,6 +39,9 @@ class Config:
 
     `beside` is a second mixer that reads what the first reads, and adds to its output (Falcon-H1);
     `gain` and `beside_gain` multiply what enters and what leaves each. `ffn_join` None is `join`.
+
+    In `parallel`, the channel mixer reads the residual stream where the mixer does, so that neither
+    waits for the other: through a norm of its own (GPT-NeoX), or through the mixer's (Phi).
     """
 
     mixer: MixerConfig | None = None
@@ -48,10 +51,17 @@ class Config:
     beside_gain: tuple[float, float] = (1.0, 1.0)
     join: Join = Join()
     ffn_join: Join | None = None
+    parallel: Literal["own_norm", "one_norm"] | None = None
 
     def __post_init__(self):
         if self.mixer is None and (self.ffn is None or self.beside is not None):
             raise ConfigError("A block needs a mixer, or an ffn alone: give it one.")
+        usual = self.ffn_join is None and self.join == Join(norm=self.join.norm)
+        if self.parallel and not (self.mixer and self.ffn and usual):
+            raise ConfigError(
+                f"parallel={self.parallel!r} is of a mixer and an ffn, joined in the usual way: "
+                "give both, and of join the norm alone."
+            )
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Block":
         return Block(self, d_model, rngs=rngs)
@@ -74,8 +84,8 @@ class Block(nnx.Module):
         self.mixer_norm, self.mixer_post_norm = _norms(c.join, d) if c.mixer else (None, None)
         self.mixer = c.mixer.build(d, rngs=rngs) if c.mixer else None
         self.beside = c.beside.build(d, rngs=rngs) if c.beside else None
-        ffn_join = c.ffn_join or c.join
-        self.ffn_norm, self.ffn_post_norm = _norms(ffn_join, d) if c.ffn else (None, None)
+        own = c.ffn and c.parallel != "one_norm"
+        self.ffn_norm, self.ffn_post_norm = _norms(c.ffn_join or c.join, d) if own else (None, None)
         self.ffn = c.ffn.build(d, rngs=rngs) if c.ffn else None
 
     @property
@@ -96,6 +106,7 @@ class Block(nnx.Module):
     def __call__(self, x, state: BlockState, reset, shared=None):
         """x [B, T, D], state, reset [B, T], shared [B, T, D] or None -> x, state, shared"""
         c, (mixed, beside, channels) = self.config, state
+        start = read = x
         if self.mixer is not None:
             read = _read(c.join, self.mixer_norm, x)
             y, mixed, shared = _run(self.mixer, read, mixed, reset, shared, c.gain)
@@ -105,7 +116,8 @@ class Block(nnx.Module):
             x = _add(c.join, self.mixer_norm, self.mixer_post_norm, x, read, y)
         if self.ffn is not None:
             join = c.ffn_join or c.join
-            read = _read(join, self.ffn_norm, x)
+            if c.parallel != "one_norm":
+                read = _read(join, self.ffn_norm, start if c.parallel else x)
             y, channels, shared = _run(self.ffn, read, channels, reset, shared)
             x = _add(join, self.ffn_norm, self.ffn_post_norm, x, read, y)
         return x, BlockState(mixed, beside, channels), shared

@@ -5,6 +5,7 @@ The files of `seqlab.models.families` are written with this.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,10 +14,13 @@ from seqlab.errors import ModelError
 from seqlab.models import block as blocks
 from seqlab.models import lm
 from seqlab.models.hf_config import Fields
-from seqlab.models.rearrange import TRANSPOSE, Rule, norm, rule
+from seqlab.models.rearrange import Rule, linear, norm, rule
 
 T = TypeVar("T")
 Tensors = Mapping[str, np.ndarray]
+
+#: Stands for tensors that are not at hand: what config.json says of sizes is then believed.
+UNREAD: Tensors = MappingProxyType({})
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER, NORM = "model.layers.{}.", "model.norm"
@@ -30,19 +34,21 @@ def config(
     embed: str = EMBED,
     head: str = HEAD,
     layer: str = LAYER,
+    before: tuple[blocks.Config, ...] = (),
     **more: Any,
 ) -> lm.Config:
     """The model whose layer n is the block `layers(n)`.
 
-    Vocabulary, width and depth are those of the tensors. `more` goes into the model's config.
+    Vocabulary, width and depth are those of the tensors. Blocks `before` stand in front of all
+    layers. `more` goes into the model's config.
     """
     vocab, d_model = size(tensors, embed, fields)
     n = depth(fields, tensors, layer)
-    before, pattern, repeats, after = fold([layers(i) for i in range(n)])
+    first, pattern, repeats, after = fold([layers(i) for i in range(n)])
     return lm.Config(
         vocab=vocab,
         d_model=d_model,
-        before=before,
+        before=(*before, *first),
         pattern=pattern,
         repeats=repeats,
         after=after,
@@ -60,24 +66,29 @@ def rules(
     head: str = HEAD,
     layer: str = LAYER,
     final: str = NORM,
+    before: int = 0,
 ) -> list[Rule]:
-    """Every rule of a model: `layers(block)` gives those of a block, by names within it."""
+    """Every rule of a model, but of as many blocks as stand `before` its layers: `layers(block)`
+    gives those of a block, by names within it."""
     found = [
         rule("embed.weight", embed),
         *norm("norm", final),
-        rule("head.weight", head, TRANSPOSE),
+        *linear("head", head.removesuffix(".weight")),
     ]
-    for n, (ours, repeat, block) in enumerate(places(config)):
+    for n, (ours, repeat, block) in enumerate(places(config)[before:]):
         theirs = layer.format(n)
         for one in layers(block):
-            found.append(
-                one._replace(
-                    ours=tuple(ours + name for name in one.ours),
-                    theirs=tuple(theirs + name for name in one.theirs),
-                    repeat=repeat,
-                )
-            )
+            found.append(within(one, ours, theirs, repeat))
     return found
+
+
+def within(one: Rule, ours: str, theirs: str, repeat: int | None) -> Rule:
+    """The rule of a layer, whose names are those within it, as a rule of the model."""
+    return one._replace(
+        ours=tuple(ours + name for name in one.ours),
+        theirs=tuple(theirs + name for name in one.theirs),
+        repeat=repeat,
+    )
 
 
 def places(config: lm.Config) -> list[tuple[str, int | None, blocks.Config]]:
@@ -95,6 +106,8 @@ def places(config: lm.Config) -> list[tuple[str, int | None, blocks.Config]]:
 
 def size(tensors: Tensors, name: str, fields: Fields) -> tuple[int, int]:
     """The shape of the embedding; raises ModelError where config.json has another."""
+    if tensors is UNREAD:
+        return fields["vocab_size"], fields["hidden_size"]
     shape = tensors[name].shape if name in tensors else ()
     stated = [fields.get(field) for field in ("vocab_size", "hidden_size")]
     if len(shape) != 2 or any(s not in (None, n) for s, n in zip(stated, shape, strict=True)):
@@ -107,6 +120,8 @@ def size(tensors: Tensors, name: str, fields: Fields) -> tuple[int, int]:
 
 def depth(fields: Fields, tensors: Tensors, layer: str = LAYER) -> int:
     """How many layers there are; raises ModelError where config.json has another number."""
+    if tensors is UNREAD:
+        return fields["num_hidden_layers"]
     pattern = re.compile(re.escape(layer).replace(r"\{\}", r"(\d{1,6})"))
     found = {int(match[1]) for name in tensors if (match := pattern.match(name))}
     stated = fields.get("num_hidden_layers", len(found))

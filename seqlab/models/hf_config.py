@@ -30,8 +30,9 @@ class Fields(dict):
         """Tokens of a document that full attention is to hold."""
         return self.max_length or min(int(self.get("max_position_embeddings") or LONGEST), LONGEST)
 
-    def rope(self, layer_type: str = "full_attention") -> dict[str, Any]:
-        """`rope_base`, `rope_fraction` and `rope_scaling` of the attention of a type of layer."""
+    def rope(self, layer_type: str = "full_attention", fraction: float = 1.0) -> dict[str, Any]:
+        """`rope_base`, `rope_fraction` and `rope_scaling` of the attention of a type of layer;
+        `fraction` where the file does not say how many of a head's channels turn."""
         found = self.get("rope_parameters") or {}
         found = found.get(layer_type, found)
         kind = found.get("rope_type") or found.get("type") or "default"
@@ -42,7 +43,7 @@ class Fields(dict):
             )
         return {
             "rope_base": float(found.get("rope_theta") or self.get("rope_theta") or 10_000.0),
-            "rope_fraction": float(found.get("partial_rotary_factor") or 1.0),
+            "rope_fraction": float(found.get("partial_rotary_factor") or fraction),
             "rope_scaling": _SCALINGS[kind](found, self),
         }
 
@@ -71,8 +72,9 @@ def read(folder: pathlib.Path) -> tuple[Fields, dict[str, Any]]:
 def normalised(raw: dict[str, Any]) -> Fields:
     """Fields under one name each, whatever version of transformers wrote them."""
     fields = Fields({name: value for name, value in raw.items() if value is not None})
-    if "torch_dtype" in fields:
-        fields.setdefault("dtype", fields["torch_dtype"])
+    for older, name in _OLDER.items():
+        if older in fields:
+            fields.setdefault(name, fields[older])
     stated = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(stated, dict):
         raise ModelError(f"{CONFIG} has the rotary parameters {stated!r}: restore the file.")
@@ -82,6 +84,18 @@ def normalised(raw: dict[str, Any]) -> Fields:
     }
     return Fields(fields | {"rope_parameters": older | stated})
 
+
+#: Fields that say by another name what one of today's says: older ones, and those of GPT-2.
+_OLDER = {
+    "torch_dtype": "dtype",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "activation_function": "hidden_act",
+    "layer_norm_epsilon": "layer_norm_eps",
+}
 
 #: What stands beside a nested text_config and is said of the whole.
 _OUTER = ("tie_word_embeddings", "quantization_config", "dtype", "torch_dtype")

@@ -56,7 +56,8 @@ class Config:
     in (see `linear_kinds`): "dense", or "bit" for weights -1, 0, 1 and eight-bit activations.
 
     Embeddings are multiplied by `embed_scale`, then normed if `embed_norm` says how; logits are
-    multiplied by `logit_scale`, then bent below `logit_cap` by a tanh if there is one.
+    multiplied by `logit_scale`, then bent below `logit_cap` by a tanh if there is one. `head_bias`
+    adds a bias to them, in a head that is not tied.
 
     `published` is the config.json of the published checkpoint that the model was read from, and
     that it is exported as.
@@ -86,6 +87,7 @@ class Config:
     embed_norm: norms.Config | None = None
     logit_scale: PositiveFinite = 1.0
     logit_cap: PositiveFinite | None = None
+    head_bias: bool = False
     published: Published | None = None
 
     def __post_init__(self):
@@ -94,6 +96,8 @@ class Config:
                 raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}.")
         if not self.pattern:
             raise ConfigError("model.pattern must hold at least one mixer config.")
+        if self.head_bias and self.tie_embeddings:
+            raise ConfigError("model.head_bias is of a head of its own: set tie_embeddings=False.")
 
     def build(self, *, rngs: nnx.Rngs) -> "LM":
         return LM(self, rngs=rngs)
@@ -125,7 +129,7 @@ class LM(nnx.Module):
         self.blocks = jax.vmap(period)(jax.random.split(rngs.params(), c.repeats))
         self.after = self._built(c.after, rngs)
         self.norm = c.norm.build(c.d_model)
-        head = lambda: Linear(c.d_model, c.vocab, ("embed", "vocab"), rngs=rngs)
+        head = lambda: Linear(c.d_model, c.vocab, ("embed", "vocab"), bias=c.head_bias, rngs=rngs)
         head_kind = c.linear if c.linear.head else linear_kinds.Dense()
         self.head = None if c.tie_embeddings else head_kind.replace(head(), "head")
 
@@ -216,6 +220,8 @@ class LM(nnx.Module):
         else:
             weight = self.embed.weight[...].T if self.head is None else self.head.weight[...]
             logits = product(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+            bias = None if self.head is None else self.head.bias
+            logits = logits if bias is None else logits + bias[...]
         logits = logits if c.logit_scale == 1.0 else logits * c.logit_scale
         return logits if c.logit_cap is None else c.logit_cap * jnp.tanh(logits / c.logit_cap)
 

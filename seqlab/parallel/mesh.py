@@ -146,3 +146,9 @@ def weight_shardings(
 ) -> dict[str, NamedSharding]:
     """`weight_sharding` for every named weight."""
     return {name: weight_sharding(shape, axes[name], mesh) for name, shape in shapes.items()}
+
+
+def placed(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A weight with these logical axes where it goes on the ambient mesh; outside one, as it is."""
+    mesh = jax.sharding.get_mesh()
+    return array if mesh.empty else jax.device_put(array, weight_sharding(array.shape, axes, mesh))

@@ -2,7 +2,8 @@
 heads.
 
 `attention` is what to call; `definition` is what it computes. Papers: Vaswani et al. (2017);
-grouped-query heads, Ainslie et al. (2023); sinks, Xiao et al. (2023, StreamingLLM).
+grouped-query heads, Ainslie et al. (2023); sinks, Xiao et al. (2023, StreamingLLM);
+capped scores, Gemma Team (2024, Gemma 2).
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from seqlab.kernels.attention.across_devices import across_devices, time_is_spli
 from seqlab.kernels.attention.one_query import one_query
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
 from seqlab.kernels.attention.xla import Options, blockwise
+from seqlab.kernels.soft_cap import soft_cap
 
 __all__ = ["EMPTY", "attention", "attention_with_lse", "definition"]
 
@@ -38,6 +40,7 @@ def attention_with_lse(
     sinks: int = 0,
     causal: bool = True,
     scale: float | None = None,
+    cap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """y_t = sum_s softmax_s(scale * q_t . k_s) v_s over the keys s that query t sees.
@@ -52,6 +55,7 @@ def attention_with_lse(
                             tokens away or among the first `sinks`
     causal                  and only by those that do not come before it
     scale                   K ** -0.5 unless given
+    cap                     scores become cap * tanh(score / cap), if there is one
     implementation          "reference" or "xla", which has a form of its own for T == 1
 
     Where the ambient mesh splits time, queries meet keys as `use_mesh(attention=...)` says
@@ -71,7 +75,7 @@ def attention_with_lse(
         )
     implementation = implementation or "xla"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = {"window": window, "sinks": sinks, "causal": causal, "scale": scale}
+    options = {"window": window, "sinks": sinks, "causal": causal, "scale": scale, "cap": cap}
     queries, keys = (q, q_position, q_document), (k, v, k_position, k_document)
     if past is not None:
         past = tuple(a.astype(b.dtype) for a, b in zip(past, keys, strict=True))
@@ -86,13 +90,15 @@ def attention_with_lse(
 
 
 def definition(
-    q, k, v, q_position, q_document, k_position, k_document, *, window, sinks, scale, causal=True
+    q, k, v, *at, window, sinks, scale, cap=None, causal=True
 ) -> tuple[jax.Array, jax.Array]:
     """What `attention` computes, with all T x S scores at once; returns y and log-sum-exp."""
+    q_position, q_document, k_position, k_document = at
     (B, T, H, K), G = q.shape, k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q = q.reshape(B, T, G, H // G, K)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=wide) * scale
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=wide)
+    scores = soft_cap(scores * scale, cap)
     queries = q_position[..., None], q_document[..., None]
     sees = visible(*queries, k_position[:, None], k_document[:, None], window, sinks, causal)
     scores = jnp.where(sees[:, None, None], scores, MASKED)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
+from seqlab.kernels.soft_cap import soft_cap
 
 
 def one_query(
@@ -21,6 +22,7 @@ def one_query(
     window: int | None,
     sinks: int,
     scale: float,
+    cap: float | None = None,
     causal: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """What `attention_with_lse` computes for T == 1; returns y and log-sum-exp.
@@ -38,7 +40,7 @@ def one_query(
         k = k.reshape(B, -1, G * K)
         scores = jnp.einsum("bsk,bhk->bhs", k, spread, preferred_element_type=wide)
         sees = visible(q_position, q_document, k_position, k_document, window, sinks, causal)
-        return jnp.where(sees[:, None], scores * scale, MASKED)
+        return jnp.where(sees[:, None], soft_cap(scores * scale, cap), MASKED)
 
     def read(weights, v):
         v = v.reshape(B, -1, G * V)

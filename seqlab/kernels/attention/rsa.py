@@ -22,7 +22,7 @@ def ring_self_attention(options: Options, queries: tuple, keys: tuple, past: tup
     def scored(k, position, document):
         at = [*(a[:, :, None] for a in q_at), position[:, None], document[:, None]]
         sees = visible(*at, **options.sight)
-        scores = dot("btgrk,bsgk->bgrts", q, k) * options.scale
+        scores = options.scores(dot("btgrk,bsgk->bgrts", q, k))
         return jnp.where(sees[:, None, None], scores, MASKED)
 
     weighed = lambda v, weights: dot("bgrts,bsgv->btgrv", weights.astype(v.dtype), v)

@@ -1,9 +1,9 @@
 """Softmax attention in blocks with an online softmax: T x S is never in memory.
 
-FlashAttention-2 (Dao, 2023), algorithms 1 and 2, as one loop over the pairs of blocks in which
-something is visible. The number of such pairs is known at run time only, so an empty buffer,
-other documents and keys beyond the window cost nothing. Only y and the log-sum-exp are kept for
-the gradient; scores are recomputed.
+FlashAttention-2 (Dao, 2023), algorithms 1 and 2: a loop over blocks of queries, in it one over the
+blocks of keys in which something is visible. How many those are is known at run time only, so an
+empty buffer, other documents and keys beyond the window cost nothing. Only y and the log-sum-exp
+are kept for the gradient; scores are recomputed.
 """
 
 import functools
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible, visible_blocks
 from seqlab.kernels.kept import kept
 from seqlab.kernels.precision import widen
+from seqlab.kernels.soft_cap import soft_cap
 
 
 class Options(NamedTuple):
@@ -23,11 +24,20 @@ class Options(NamedTuple):
     sinks: int
     scale: float
     causal: bool = True
+    cap: float | None = None
 
     @property
     def sight(self) -> dict[str, Any]:
         """Who sees whom, as `visible` takes it."""
         return {"window": self.window, "sinks": self.sinks, "causal": self.causal}
+
+    def scores(self, products: jax.Array) -> jax.Array:
+        """The scores of products q . k, before the mask."""
+        return soft_cap(products * self.scale, self.cap)
+
+    def slope(self, scores: jax.Array) -> jax.Array | float:
+        """How fast these scores, not masked, grow with their products."""
+        return self.scale if self.cap is None else self.scale * (1 - (scores / self.cap) ** 2)
 
 
 class Queries(NamedTuple):
@@ -198,54 +208,71 @@ def see(options: Options, queries: Queries, keys: Keys, seen: Seen) -> Seen:
     (q, q_at), (k, v, k_at) = queries, keys
     k_turned = k.mT
 
-    def step(i, j, clear, carry):
-        acc, top, total = (a[i] for a in carry)
-        scores = _dot("bgtk,bgks->bgts", q[i], k_turned[j]) * options.scale
-        at = q_at[:, i][..., None], k_at[:, j][:, :, None]
-        scores = _masked(options, scores, *at, clear)
-        highest = jnp.maximum(top, scores.max(-1))
-        weights = jnp.exp(scores - highest[..., None])
-        shrink = jnp.exp(top - highest)
-        total = shrink * total + weights.sum(-1)
-        seen = _dot("bgts,bgsv->bgtv", weights.astype(v.dtype), v[j])
-        new = shrink[..., None] * acc + seen, highest, total
-        return tuple(_put(a, i, b) for a, b in zip(carry, new, strict=True))
+    def row(i, each_key, seen):
+        def step(j, clear, carry):
+            acc, top, total = carry
+            scores = options.scores(_dot("bgtk,bgks->bgts", q_here, k_turned[j]))
+            scores = _masked(options, scores, at, k_at[:, j][:, :, None], clear)
+            highest = jnp.maximum(top, scores.max(-1))
+            weights = jnp.exp(scores - highest[..., None])
+            shrink = jnp.exp(top - highest)
+            total = shrink * total + weights.sum(-1)
+            more = _dot("bgts,bgsv->bgtv", weights.astype(v.dtype), v[j])
+            return shrink[..., None] * acc + more, highest, total
 
-    return Seen(*_each_pair(step, options, q_at, k_at, tuple(seen)))
+        q_here, at = q[i], q_at[:, i][..., None]
+        new = each_key(step, tuple(a[i] for a in seen))
+        return tuple(_put(a, i, b) for a, b in zip(seen, new, strict=True))
+
+    return Seen(*_row_by_row(row, options, q_at, k_at, tuple(seen)))
 
 
 def pull(options: Options, done: Answered, keys: Keys, gradients: Gradients) -> Gradients:
     """The gradients, and what these keys add to those of the queries and get themselves."""
     (q, q_at, lse, offset, dy), (k, v, k_at) = done, keys
-    q_turned, dy_turned, k_turned = q.mT, dy.mT, k.mT
+    k_turned, turned = k.mT, (q, q.mT, dy, dy.mT)
 
-    def step(i, j, clear, carry):  # scores and what is like them stand as [keys, queries]
+    def row(i, each_key, carry):  # scores and what is like them stand as [keys, queries]
+        def step(j, clear, carry):
+            dq_turned, dk, dv = carry
+            scores = options.scores(_dot("bgsk,bgkt->bgst", k[j], q_turned_here))
+            masked = _masked(options, scores, at, k_at[:, j][..., None], clear)
+            weights = jnp.exp(masked - lse_here)
+            dweights = _dot("bgsv,bgvt->bgst", v[j], dy_turned_here)
+            dscores = weights * (dweights - offset_here) * options.slope(scores)
+            dscores = dscores.astype(q.dtype)
+            dv = _add(dv, j, _dot("bgst,bgtv->bgsv", weights.astype(dy.dtype), dy_here))
+            dk = _add(dk, j, _dot("bgst,bgtk->bgsk", dscores, q_here))
+            return dq_turned + _dot("bgks,bgst->bgkt", k_turned[j], dscores), dk, dv
+
+        q_here, q_turned_here, dy_here, dy_turned_here = (a[i] for a in turned)
+        at, lse_here, offset_here = (a[:, :, None] for a in (q_at[:, i], lse[i], offset[i]))
         dq_turned, dk, dv = carry
-        scores = _dot("bgsk,bgkt->bgst", k[j], q_turned[i]) * options.scale
-        at = q_at[:, i][:, :, None], k_at[:, j][..., None]
-        scores = _masked(options, scores, *at, clear)
-        weights = jnp.exp(scores - lse[i][:, :, None])
-        dweights = _dot("bgsv,bgvt->bgst", v[j], dy_turned[i])
-        dscores = (weights * (dweights - offset[i][:, :, None]) * options.scale).astype(q.dtype)
-        dv = _add(dv, j, _dot("bgst,bgtv->bgsv", weights.astype(dy.dtype), dy[i]))
-        dk = _add(dk, j, _dot("bgst,bgtk->bgsk", dscores, q[i]))
-        dq_turned = _add(dq_turned, i, _dot("bgks,bgst->bgkt", k_turned[j], dscores))
-        return dq_turned, dk, dv
+        dq_here, dk, dv = each_key(step, (dq_turned[i], dk, dv))
+        return _put(dq_turned, i, dq_here), dk, dv
 
-    return Gradients(*_each_pair(step, options, q_at, k_at, tuple(gradients)))
+    return Gradients(*_row_by_row(row, options, q_at, k_at, tuple(gradients)))
 
 
 HERE = Meeting(see, pull)
 
 
-def _each_pair(step, options, q_at, k_at, carry):
-    """carry = step(i, j, clear, carry) over the pairs of query block i and key block j in which
-    something is visible; in a clear pair, everything is."""
+def _row_by_row(row, options, q_at, k_at, carry):
+    """carry = row(i, each_key, carry) over all query blocks i, where each_key(step, local) folds
+    local = step(j, clear, local) over the key blocks j in which i sees something; in a clear pair,
+    it sees everything. What is local to a row is read and written once, not for every pair."""
     some, every = visible_blocks(q_at, k_at, **options.sight)
-    i, j = jnp.nonzero(some, size=some.size, fill_value=0)
-    clear = every[i, j]
-    pair = lambda n, carry: step(i[n], j[n], clear[n], carry)
-    return jax.lax.fori_loop(0, jnp.sum(some), pair, carry)
+    seen = jnp.argsort(~some, axis=1, stable=True)  # [N, M], those first that are seen
+    number = jnp.sum(some, 1)
+
+    def one(i, carry):
+        def each_key(step, local):
+            pair = lambda n, local: step(seen[i, n], every[i, seen[i, n]], local)
+            return jax.lax.fori_loop(0, number[i], pair, local)
+
+        return row(i, each_key, carry)
+
+    return jax.lax.fori_loop(0, len(some), one, carry)
 
 
 def _masked(options, scores, q_at, k_at, clear):

@@ -82,6 +82,10 @@ class GatedDeltaNet(Mixer):
         self.norm = RMSNorm(c.value_dim, eps=c.norm_eps)
         self.out = Linear(self.d_v, d_model, ("heads", "embed"), rngs=rngs)
 
+    @property
+    def projections(self):
+        return {"qkv": (("q", self.d_k), ("k", self.d_k), ("v", self.d_v))}
+
     def init_state(self, batch: int) -> State:
         c = self.config
         memory = jnp.zeros((batch, c.value_heads, c.key_dim, c.value_dim), jnp.float32)

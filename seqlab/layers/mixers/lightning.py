@@ -78,6 +78,10 @@ class Lightning(Mixer):
         self.norm = RMSNorm(inner, eps=c.norm_eps)
         self.out = Linear(inner, d_model, ("heads", "embed"), rngs=rngs)
 
+    @property
+    def projections(self):
+        return {"qkv": (("q", self.K), ("k", self.K), ("v", self.K)) * self.config.heads}
+
     def init_state(self, batch: int) -> State:
         return State(jnp.zeros((batch, self.config.heads, self.K, self.K), jnp.float32))
 

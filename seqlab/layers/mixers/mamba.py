@@ -58,6 +58,8 @@ class Mamba(Mixer):
     dt = softplus(r W_dt + dt_bias) and A = -exp(A_log).
     """
 
+    projections = {"u": (("v", None),)}
+
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         c = self.config = config
         self.inner = E = c.inner(d_model)

@@ -92,6 +92,11 @@ class Mamba2(Mixer):
         self.norm = RMSNorm(self.inner, eps=c.norm_eps, groups=c.groups) if c.norm else None
         self.out = Linear(self.inner, d_model, ("heads", "embed"), bias=c.out_bias, rngs=rngs)
 
+    @property
+    def projections(self):
+        shared = self.config.groups * self.config.d_state
+        return {"xbc": (("v", self.inner), ("k", shared), ("q", shared))}
+
     def init_state(self, batch: int) -> State:
         c = self.config
         memory = jnp.zeros((batch, self.heads, c.d_state, c.head_dim), jnp.float32)

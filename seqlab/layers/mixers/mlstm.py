@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
 from seqlab.kernels.precision import widen
+from seqlab.kernels.soft_cap import soft_cap
 from seqlab.layers.exponential_memory import State, empty, exponential_memory
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
@@ -67,12 +68,13 @@ class MLSTM(Mixer):
 
     def mix(self, x, state: State, reset):
         c = self.config
+        capped = lambda gate: soft_cap(widen(gate), c.gate_cap)
         h, state = exponential_memory(
             heads(self.q(x), c.heads),
             heads(self.k(x), c.heads),
             heads(self.v(x), c.heads),
-            self._capped(self.i(x)),
-            jax.nn.log_sigmoid(self._capped(self.f(x))),
+            capped(self.i(x)),
+            jax.nn.log_sigmoid(capped(self.f(x))),
             reset,
             state,
             eps=c.eps,
@@ -80,7 +82,3 @@ class MLSTM(Mixer):
             implementation=c.implementation,
         )
         return self.out(self.norm(merge(h)) * jax.nn.sigmoid(self.gate(x))), state
-
-    def _capped(self, gate):
-        cap = self.config.gate_cap
-        return widen(gate) if cap is None else cap * jnp.tanh(widen(gate) / cap)

@@ -75,6 +75,10 @@ class RetNet(Mixer):
         self.norm = RMSNorm(self.d_v // c.heads, eps=c.norm_eps)
         self.out = Linear(self.d_v, d_model, ("heads", "embed"), rngs=rngs)
 
+    @property
+    def projections(self):
+        return {"qkv": (("q", self.d_k), ("k", self.d_k), ("v", self.d_v))}
+
     def init_state(self, batch: int) -> State:
         H = self.config.heads
         memory = jnp.zeros((batch, H, self.d_k // H, self.d_v // H), jnp.float32)

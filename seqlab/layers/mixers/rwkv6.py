@@ -63,6 +63,8 @@ class RWKV6(Mixer):
     x_{t-1}, by weights that depend on the two (rank `mix_rank`); w passes a bottleneck, too.
     """
 
+    projections = {"r": (("q", None),)}
+
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         c, D = config, d_model
         self.config = c

@@ -66,6 +66,7 @@ class RWKV7(Mixer):
     """
 
     shares = True
+    projections = {"r": (("q", None),)}
 
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         c, D, N = config, d_model, d_model // config.heads

@@ -113,9 +113,10 @@ def mlp(fields: Fields, **more: Any) -> ffn.Config:
     return ffn.Config(**described | more)
 
 
-def activation(fields: Fields, name: str = "hidden_act") -> Any:
-    """Our name of an activation; raises ModelError where there is none."""
-    theirs = fields.get(name, "silu")
+def activation(fields: Fields, name: str = "hidden_act", usual: str = "silu") -> Any:
+    """Our name of an activation, which is the usual one where the file does not say; raises
+    ModelError where there is none."""
+    theirs = fields.get(name, usual)
     if theirs not in ACTIVATIONS:
         raise ModelError(f"{name}={theirs!r} of config.json is no activation known here.")
     return ACTIVATIONS[theirs]
