@@ -6,6 +6,7 @@ float32 and bfloat16 step by step as a TPU runs them.
 
 import functools
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ FAMILIES = {
 }
 
 
-def tokens(family, G, H, K, V, channels, normaliser=False, B=1, T=40, dtype=np.float64):
+def tokens(family, G, H, K, V, channels, normaliser=False, B=1, T=40, dtype: Any = "f8"):
     """Two whole chunks and a part of one, with documents and gates that wipe out everything."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape)
@@ -183,5 +184,5 @@ def test_on_a_mesh_of_tpus_both_passes_are_kernels(family, channels):
         return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
 
     with use_mesh(), jax.set_mesh(mesh):
-        program = jax.jit(jax.grad(loss)).lower(floats, reset, state).compile().as_text()
-    assert program.count('custom_call_target="tpu_custom_call"') == 2
+        program = jax.jit(jax.grad(loss)).lower(floats, reset, state).compile()
+    assert str(program.as_text()).count('custom_call_target="tpu_custom_call"') == 2
