@@ -21,7 +21,7 @@ from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.decayed_outer_product import pallas_tpu as outer_product_tpu
 from seqlab.kernels.delta_rule import delta_rule
 from seqlab.kernels.delta_rule import pallas_tpu as delta_rule_tpu
-from seqlab.kernels.on_tpu import chunk_scan, unit_lower
+from seqlab.kernels.on_tpu import layout, unit_lower
 from seqlab.parallel.mesh import make_mesh, use_mesh
 from seqlab.plan import topology
 
@@ -134,7 +134,7 @@ def test_inverses_of_equal_keys_do_not_grow(beta):
     ],
 )
 def test_a_step_takes_as_many_heads_as_fill_a_row(widths, steps):
-    assert chunk_scan.heads_per_step(widths) == steps
+    assert layout.heads_per_step(widths) == steps
 
 
 @pytest.mark.parametrize("family", FAMILIES)
