@@ -49,7 +49,7 @@ def run(
     The student's weights keep their dtypes and places; adapters are merged. Raises Stopped where a
     signal ended the run early, ConfigError, DataError, and what `train` raises.
     """
-    student = _adapted(pair.student, stage, fields.get("seed", 0))
+    student = adapted(pair.student, stage, fields.get("seed", 0))
     teacher = None if stage.loss == "ce" else pair.teacher
     config = Config(
         model=pair.student.config,
@@ -90,11 +90,25 @@ def trained(pair: Pair, student: LM, stage: Stage) -> list[str]:
     return [name for name in parameters(student) if name in chosen]
 
 
-def _adapted(student: LM, stage: Stage, seed: int) -> LM:
+def adapted(student: LM, stage: Stage, seed: int = 0) -> LM:
+    """The student with the adapters that a stage trains, if it does."""
     if stage.lora is None:
         return student
     low = stage.lora
-    return lora.wrap(student, low.on, low.rank, low.alpha, rngs=nnx.Rngs(seed))
+    names = [path for name in low.on for path in _maps(student, name) or [name]]
+    return lora.wrap(student, names, low.rank, low.alpha, rngs=nnx.Rngs(seed))
+
+
+def _maps(student: LM, role: str) -> list[str]:
+    """The maps of all mixers that are called so, or have the part of attention's that is."""
+    found = []
+    for at in ("before", "blocks", "after"):
+        for i, block in enumerate(getattr(student, at)):
+            parts = {name: dict(of) for name, of in getattr(block.mixer, "projections", {}).items()}
+            names = [name for name, roles in parts.items() if role in roles]
+            names += [role] if hasattr(block.mixer, role) and role not in names else []
+            found += [f"{at}.{i}.mixer.{name}" for name in names]
+    return found
 
 
 def _work(models: Models, names: list[str], stage: Stage, name: str) -> Work:

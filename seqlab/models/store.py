@@ -1,7 +1,8 @@
 """Models in folders: saved by `save`, read back by `load`, which also reads run folders.
 
 A saved model is config.json (plain JSON), model.safetensors and a manifest of hashes; with a
-tokenizer file of its own, that too. Loading validates everything and runs no code.
+tokenizer file of its own, that too. A folder that is no model itself but holds one in `model/`, as
+a linearization leaves it, is read as that one. Loading validates everything and runs no code.
 """
 
 import hashlib
@@ -20,17 +21,20 @@ import safetensors.flax
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ModelError
-from seqlab.models import artifacts, lm, pretrained, published_tokenizer, trits
+from seqlab.models import artifacts, lm, pretrained, published_tokenizer, tensors, trits
 from seqlab.models import tokenizer as tokenizers
 from seqlab.models.arrays import read_arrays, read_contents, steps
 from seqlab.models.artifacts import MANIFEST
-from seqlab.models.parameters import bind, parameters
+from seqlab.models.layout import Layout, restacked
+from seqlab.models.parameters import axes, bind, parameters
 from seqlab.models.published_tokenizer import FILES as TOKENIZER_FILES
-from seqlab.models.published_tokenizer import SETTINGS, TOKENIZER, PublishedTokenizer
+from seqlab.models.published_tokenizer import TOKENIZER
 from seqlab.models.tokenizer import Tokenizer
+from seqlab.parallel.mesh import placed, weight_sharding
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+INNER = "model"  # a saved model in a folder that tells how it was made
 PARAMS = "params/"  # what the names of the weights begin with in a checkpoint
 
 
@@ -72,6 +76,7 @@ def load(
     path: str | os.PathLike,
     *,
     max_length: int | None = None,
+    layout: Layout | None = None,
     on_warning: Callable[[str], object] = warnings.warn,
 ) -> lm.LM:
     """The model in a saved folder, in the newest good checkpoint of a run folder, or in a published
@@ -79,21 +84,23 @@ def load(
 
     max_length is for a published model: the tokens of a document that its full attention holds; by
     default what it was trained for, but 4096 at most. A model of ours says so in its own config.
+    layout: how the layers are to lie over depth (see `models.layout`), by default as they were
+    saved; memory holds no more than one weight of all layers twice. Weights go where the ambient
+    mesh says, else to the first device.
 
     Raises ModelError where the folder is no model, CheckpointError where it is damaged; a damaged
     checkpoint with a good one before it is passed over with a warning.
     """
-    path = pathlib.Path(path)
+    path = home(path)
     if pretrained.is_published(path):
-        return pretrained.load(path, max_length=max_length)
-    if max_length is not None:
-        raise ModelError(f"{path} is no published model: its own config has the max_length.")
+        return pretrained.load(path, max_length=max_length, layout=layout)
+    _refuse(path, max_length)
     if (path / "checkpoints").is_dir():
         config = _config(path)
-        skeleton = config.skeleton()
+        wanted = config if layout is None else layout(config)
         step = _newest(path / "checkpoints", on_warning)
         _same_model(path, step, config)
-        return bind(skeleton, _read_step(step, parameters(skeleton)))
+        return _lying(_read_step(step, config.skeleton()), config, wanted)
     _see(path)
     artifacts.refuse_pickles(path)
     if not (path / WEIGHTS).is_file():
@@ -101,8 +108,27 @@ def load(
             f"{path} has no {WEIGHTS} and no checkpoints: train or save a model first."
         )
     artifacts.verify(path)
-    skeleton = _config(path).skeleton()
-    return bind(skeleton, _weights(path / WEIGHTS, parameters(skeleton)))
+    config = _config(path)
+    wanted = config if layout is None else layout(config)
+    return _lying(_weights(path / WEIGHTS, config.skeleton()), config, wanted)
+
+
+def _lying(arrays: dict[str, jax.Array], config: lm.Config, wanted: lm.Config) -> lm.LM:
+    """The model of these arrays, which lie as in `config`, as in `wanted`."""
+    model = bind(config.skeleton(), arrays)
+    if wanted == config:
+        return model
+    del model
+    return bind(wanted.skeleton(), restacked(arrays, config, wanted))
+
+
+def load_config(path: str | os.PathLike, *, max_length: int | None = None) -> lm.Config:
+    """The config of the model that `load` reads from a folder; none of its weights is read."""
+    path = home(path)
+    if pretrained.is_published(path):
+        return pretrained.described(path, max_length)[1]
+    _refuse(path, max_length)
+    return _config(path)
 
 
 def load_tokenizer(path: str | os.PathLike, model: lm.LM | None = None) -> Tokenizer:
@@ -110,7 +136,7 @@ def load_tokenizer(path: str | os.PathLike, model: lm.LM | None = None) -> Token
 
     Raises ModelError where there is none, it cannot be read, or it has ids that `model` lacks.
     """
-    path = pathlib.Path(path)
+    path = home(path)
     tokenizer = _tokenizer(path)
     if model is not None and tokenizer.vocab > model.config.vocab:
         raise ModelError(
@@ -121,16 +147,15 @@ def load_tokenizer(path: str | os.PathLike, model: lm.LM | None = None) -> Token
 
 
 def _tokenizer(path: pathlib.Path) -> Tokenizer:
-    if pretrained.is_published(path) or (path / SETTINGS).is_file():
-        return PublishedTokenizer(path)
-    spec = tokenizer_of(path)
+    spec = path if pretrained.is_published(path) else tokenizer_of(path)
     if spec is None:
         raise ModelError(f"{path} was saved without a tokenizer: save it again with one.")
-    return tokenizers.load_tokenizer(str(path / TOKENIZER if spec == path else spec))
+    return tokenizers.load_tokenizer(str(spec))
 
 
 def tokenizer_of(path: pathlib.Path) -> str | pathlib.Path | None:
     """What `save` takes as the tokenizer of a model in a folder: the folder, if it has its own."""
+    path = home(path)
     if (path / TOKENIZER).is_file():
         return path
     return None if pretrained.is_published(path) else _fields(path).get("tokenizer", "bytes")
@@ -143,6 +168,18 @@ def fingerprint(model: lm.LM) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _refuse(path: pathlib.Path, max_length: int | None) -> None:
+    if max_length is not None:
+        raise ModelError(f"{path} is no published model: its own config has the max_length.")
+
+
+def home(path: str | os.PathLike) -> pathlib.Path:
+    """The folder that holds config.json: this one, or its `model/`."""
+    path = pathlib.Path(path)
+    inner = path / INNER
+    return inner if inner.is_dir() and not (path / "config.json").exists() else path
 
 
 def _see(path: pathlib.Path) -> None:
@@ -228,20 +265,26 @@ def _same_model(path: pathlib.Path, step: pathlib.Path, config: lm.Config) -> No
         )
 
 
-def _read_step(step: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _read_step(step: pathlib.Path, skeleton: lm.LM) -> dict[str, jax.Array]:
+    mesh, named = jax.sharding.get_mesh(), axes(skeleton)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    named = {
-        f"{PARAMS}{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
-        for name, a in like.items()
+    place = lambda name, a: here if mesh.empty else weight_sharding(a.shape, named[name], mesh)
+    like = {
+        f"{PARAMS}{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(name, a))
+        for name, a in parameters(skeleton).items()
     }
-    arrays = read_arrays(step, named, only=PARAMS.rstrip("/"))
+    arrays = read_arrays(step, like, only=PARAMS.rstrip("/"))
     return {name.removeprefix(PARAMS): array for name, array in arrays.items()}
 
 
-def _weights(path: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _weights(path: pathlib.Path, skeleton: lm.LM) -> dict[str, jax.Array]:
     """The arrays of a file as they are stored, float32 or narrower; `bind` compares the names."""
+    like, named = parameters(skeleton), axes(skeleton)
+    alone = jax.sharding.get_mesh().empty
+    read: Callable[..., dict] = safetensors.flax.load_file
+    read = read if alone else lambda path: dict(tensors.mapped(path))
     try:
-        arrays = trits.restored(safetensors.flax.load_file(path), like, path)
+        arrays = trits.restored(read(path), like, path)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is not readable ({error}): restore the file.") from None
     for name in sorted(arrays.keys() & like.keys()):
@@ -252,4 +295,5 @@ def _weights(path: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax
                 f"{path}: {name} is {array.dtype}{list(array.shape)} and "
                 f"{wanted.dtype}{list(wanted.shape)} in its config: they are of two models."
             )
+        arrays[name] = array if alone else placed(np.array(array), named[name])
     return arrays

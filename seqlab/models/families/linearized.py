@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -28,8 +28,6 @@ KIND = ("model_type", "architectures", "auto_map")  # what says who runs a model
 
 PLACE = re.compile(r"(before|blocks|after)\.\d+\.")  # of a layer in our names
 LAYER = re.compile(r".*?\.\d+\.")  # and in those of a family
-
-Weight = tuple[int | None, str]  # the layer that has it, and its name within it
 
 #: Weights of a layer that are published under other names than their own.
 RENAMED = [
@@ -51,23 +49,19 @@ def config(fields: hf_config.Fields, tensors: decoder.Tensors) -> lm.Config:
 def rules(config: lm.Config) -> list[Rule]:
     """The family's rules for all weights that are shaped as they were, and our own for others."""
     family, original = _original(config)
-    old, new, places = _weights(original), _weights(config), decoder.places(config)
-    was = {(ours, r): n for n, (ours, r, _) in enumerate(decoder.places(original))}
+    old, new, places = _weights(original), _weights(config), _places(config)
     found, named, layers = [], set(), {}
-    for one in family.rules(original):
-        place = PLACE.match(one.ours[0])
-        n = was[place[0], one.repeat] if place else None
-        weights = [(n, name.removeprefix(place[0] if place else "")) for name in one.ours]
-        if n is not None and (layer := LAYER.match(one.theirs[0])):
+    for n, one in _by_layer(family.rules(original), original):
+        if layer := LAYER.match(one.theirs[0]):
             layers[n] = layer[0]
+        weights = [(n, name) for name in one.ours]
         if all(w in new and new[w] == old.get(w) for w in weights):
-            ours, repeat, _ = places[n] if n is not None else ("", None, None)
-            inner = one._replace(ours=tuple(name for _, name in weights))
-            found.append(decoder.within(inner, ours, "", repeat))
+            ours, repeat = places[n]
+            found.append(decoder.within(one, ours, "", repeat))
             named.update(weights)
     for n, name in new:
         if n is not None and (n, name) not in named:
-            ours, repeat, _ = places[n]
+            ours, repeat = places[n]
             found.append(decoder.within(_own(name), ours, layers.get(n, ours), repeat))
     return found
 
@@ -130,16 +124,31 @@ def _entry(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return entry
 
 
-def _weights(config: lm.Config) -> dict[Weight, tuple[int, ...]]:
-    """The shape of every weight of a layer, and of those that are in none."""
-    like = parameters(config.skeleton())
-    found: dict[Weight, tuple] = {
+def _places(config: lm.Config) -> dict[int | None, tuple[str, int | None]]:
+    """What our names of a layer's weights begin with, and its repeat; by None what is in none."""
+    places = enumerate(decoder.places(config))
+    return {None: ("", None)} | {n: (ours, repeat) for n, (ours, repeat, _) in places}
+
+
+def _weights(config: lm.Config) -> dict[tuple[int | None, str], tuple[int, ...]]:
+    """The shape of every weight, by its layer and its name within it."""
+    like, within = parameters(config.skeleton()), _places(config)
+    return {
         (n, name.removeprefix(ours)): array.shape[repeat is not None :]
-        for n, (ours, repeat, _) in enumerate(decoder.places(config))
+        for n, (ours, repeat) in within.items()
         for name, array in like.items()
-        if name.startswith(ours)
+        if name.startswith(ours) and (n is None) != bool(PLACE.match(name))
     }
-    return found | {(None, n): array.shape for n, array in like.items() if not PLACE.match(n)}
+
+
+def _by_layer(rules: Iterable[Rule], config: lm.Config) -> Iterator[tuple[int | None, Rule]]:
+    """Each rule of a model with the layer that it is of, by names within that."""
+    layer = {place: n for n, place in _places(config).items()}
+    for one in rules:
+        place = PLACE.match(one.ours[0])
+        ours = place[0] if place else ""
+        inner = tuple(name.removeprefix(ours) for name in one.ours)
+        yield layer[ours, one.repeat], one._replace(ours=inner)
 
 
 def _own(name: str) -> Rule:
@@ -149,14 +158,19 @@ def _own(name: str) -> Rule:
 
 
 def _with_room(config: lm.Config, max_length: int) -> lm.Config:
-    """The same with this `max_length` of all softmax attention without a window."""
+    """The same with this `max_length` of softmax attention without a window, and of rotations that
+    depend on it."""
 
     def longer(entry: BlockConfig) -> BlockConfig:
-        one = config.block(entry)
+        one, changes = config.block(entry), {}
         mixer: Any = one.mixer
-        if getattr(mixer, "max_length", None) is None or getattr(mixer, "window", 0) is not None:
-            return entry
-        return dataclasses.replace(one, mixer=dataclasses.replace(mixer, max_length=max_length))
+        scaling: Any = getattr(mixer, "rope_scaling", None)
+        if getattr(mixer, "max_length", None) and getattr(mixer, "window", 0) is None:
+            changes["max_length"] = max_length
+        if getattr(scaling, "max_length", None):
+            changes["rope_scaling"] = dataclasses.replace(scaling, max_length=max_length)
+        mixer = dataclasses.replace(mixer, **changes) if changes else mixer
+        return dataclasses.replace(one, mixer=mixer)
 
     lies = ("before", "pattern", "after")
     return dataclasses.replace(config, **{n: tuple(map(longer, getattr(config, n))) for n in lies})
