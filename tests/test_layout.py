@@ -12,7 +12,7 @@ from seqlab.errors import CheckpointError, ModelError
 from seqlab.layers.mixers import attention
 from seqlab.layers.registry import mixer_config
 from seqlab.linearize import lora
-from seqlab.linearize.swap import laid_out, swap
+from seqlab.linearize.swap import plan, swap
 from seqlab.models import layout, lm, store
 from seqlab.models.parameters import axes, parameters
 from seqlab.parallel import use_mesh
@@ -30,6 +30,11 @@ def saved(tmp_path_factory):
     return store.save(CONFIG.build(rngs=nnx.Rngs(0)), tmp_path_factory.mktemp("saved") / "model")
 
 
+def laid_out(target, keep=()):
+    """How a teacher lies for a swap to copy nothing."""
+    return lambda config: plan(config, target, keep=keep).teacher
+
+
 def windowed(a):
     return dataclasses.replace(a, window=7)
 
@@ -37,7 +42,7 @@ def windowed(a):
 @pytest.mark.parametrize("kind", ["published", "saved"])
 def test_a_model_loaded_for_a_swap_is_that_laid_out_anew_and_is_not_copied(kind, saved, tmp_path):
     folder = saved if kind == "saved" else hf_folders.write(tmp_path / "published")
-    teacher = seqlab.load(folder, layout=laid_out(windowed, keep={1}))
+    teacher = seqlab.load(folder, layout=laid_out(windowed, {1}))
     pair = swap(teacher, windowed, keep={1}, rngs=nnx.Rngs(0))
     assert pair.teacher is teacher and len(layout.stacks(teacher.config)) > 1
     as_saved = seqlab.load(folder)

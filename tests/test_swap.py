@@ -175,8 +175,8 @@ CARRIED = {
 
 @pytest.mark.parametrize("name", CARRIED)
 def test_a_mixer_fitted_to_the_attention_takes_over_what_it_can(teacher, name):
-    fields = ["window=5"] * (name == "attention")
-    carried = plan(teacher.config, lambda a: fit(name, a, 32, fields)).carried
+    narrow = windowed(5) if name == "attention" else lambda config: config
+    carried = plan(teacher.config, lambda a: narrow(fit(name, a, 32))).carried
     inside = {at.removeprefix("blocks.0.mixer."): source for at, source in carried.items()}
     told = {at.removesuffix(".weight"): tell(source) for at, source in inside.items()}
     assert told == CARRIED[name]
@@ -202,9 +202,6 @@ def test_what_a_mixer_shares_with_attention_is_as_it_was():
     assert fit("retnet", attention, 32).rope_base == 5e5
     assert fit("mamba2", attention, 32).bias and not fit("mamba2", ATTENTION, 32).bias
     assert fit("linear_attention", attention, 32).scale is False
-    assert fit("kda", attention, 32, ["value_dim=4"]).value_dim == 4
-    with pytest.raises(ConfigError, match="There is no field 'value_dims': did you mean"):
-        fit("kda", attention, 32, ["value_dims=4"])
 
 
 class Own(Mixer):

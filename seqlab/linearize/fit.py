@@ -1,10 +1,8 @@
 """A mixer of the registry in the sizes of the attention whose place it takes."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
-from seqlab import settings
 from seqlab.layers import registry
 from seqlab.layers.registry import MixerConfig
 
@@ -15,24 +13,22 @@ ALIKE = (
 )
 
 
-def fit(name: str, attention: Any, d_model: int, overrides: Iterable[str] = ()) -> MixerConfig:
+def fit(name: str, attention: Any, d_model: int) -> MixerConfig:
     """The Config of the mixer `name` with heads as many and as wide as those of an attention, whose
-    sizes are written out; `overrides` (`field=value`) have the last word.
+    sizes are written out. A mixer's file takes part by calling its sizes what others call them.
 
-    A mixer's file takes part by calling its sizes what others call them. Raises ConfigError for an
-    unknown name or field, or where its sizes cannot be those.
+    Raises ConfigError for an unknown name, or where the mixer's sizes cannot be those.
     """
     config = registry.mixer_config(name)
     if type(config) is type(attention):
-        return settings.override(attention, overrides, name)
+        return attention
     types = {field.name: field.type for field in dataclasses.fields(config)}
     same = {f.name for f in dataclasses.fields(attention) if types.get(f.name) == f.type}
     fitted = {field: getattr(attention, field) for field in ALIKE if field in same}
     fitted |= {field: n for field, n in _sizes(attention, d_model).items() if field in types}
     if "groups" not in types:
         fitted.pop("d_state", None)  # all heads see the same keys, which cannot be those of each
-    config = dataclasses.replace(config, **fitted)
-    return settings.override(config, overrides, name)
+    return dataclasses.replace(config, **fitted)
 
 
 def _sizes(attention: Any, d_model: int) -> dict[str, Any]:

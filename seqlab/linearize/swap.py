@@ -60,8 +60,8 @@ def swap(teacher: lm.LM, target: Target, *, keep: Collection[int] = (), rngs: nn
     Layers with a window of their own, layers without attention, and those in `keep` stay as they
     are. New weights start as their mixer has it, on the devices of the ambient mesh. Where the
     teacher stacks layers that are now to differ, it is laid out anew, and its layers are held twice
-    until the given model is let go. A teacher that was loaded with `layout=laid_out(...)` lies
-    right already.
+    until the given model is let go; one that was loaded with
+    `layout=lambda config: plan(config, target, keep=keep).teacher` lies right already.
 
     Raises what `plan` does.
     """
@@ -95,11 +95,6 @@ def plan(config: lm.Config, target: Target, *, keep: Collection[int] = ()) -> Pl
     student = layout.with_layers(_published(teacher), new)
     carried, extra, left = _weights(teacher.skeleton(), student.skeleton())
     return Plan(teacher, student, replaced, carried, extra, left)
-
-
-def laid_out(target: Target, *, keep: Collection[int] = ()) -> layout.Layout:
-    """How a teacher must lie for `swap` to copy nothing: for `store.load`."""
-    return lambda config: plan(config, target, keep=keep).teacher
 
 
 def _published(config: lm.Config) -> lm.Config:
