@@ -45,6 +45,7 @@ CASES = [
     Case("one decay a head", decayed_outer_product),
     Case("one decay a head", decayed_outer_product, chunk=128),
     Case("one decay a head", decayed_outer_product, 64, 64),
+    Case("one decay a head", decayed_outer_product, 64, 64, chunk=128),
     Case("one decay a head", decayed_outer_product, 256, 512),
     Case("one decay a head, shared keys", decayed_outer_product, 128, 64, groups=1),
     Case("one decay a head, normaliser", decayed_outer_product, 256, 512, normaliser=True),
@@ -54,7 +55,7 @@ CASES = [
     Case("one decay a channel", decayed_outer_product, 256, 512, channels=256),
     Case("one decay a head", delta_rule),
     Case("one decay a head", delta_rule, chunk=128),
-    Case("one decay a head", delta_rule, 64, 64),
+    Case("one decay a head", delta_rule, 64, 64, chunk=128),
     Case("one decay a channel", delta_rule, channels=128),
     Case("one decay a channel", delta_rule, 64, 64, channels=64),
 ]
@@ -137,7 +138,7 @@ def traffic(line: str, text: str) -> tuple[int, int]:
 
 def plain(array) -> int:
     dtype, sizes, _, _ = array
-    return BYTES[dtype] * math.prod(map(int, sizes.split(",")))
+    return BYTES[dtype] * math.prod(map(int, filter(None, sizes.split(","))))
 
 
 def padded(array) -> int:
