@@ -5,6 +5,7 @@ What a softmax layer still sees and a window does not. `write` makes text to lea
 """
 
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -56,8 +57,10 @@ def write(
 ) -> None:
     """JSON lines for `train.sources.Jsonl`: the text of `source` with lines of `pairs` in it.
 
-    A document has `length` ASCII characters and one table of pairs; between two of its lines are
-    0 to 2 `gap` characters of text, and every line but the first of a name can be told from it.
+    A document has `length` ASCII characters and one table of pairs, whose lines come round and
+    round, so that all values but the first of each can be told. Between two lines are 0 to 2 g
+    characters of text, g being drawn from 0 to `gap` for each document. Without any, a document is
+    one table over and over: copying is quickly learnt, and recall from there on.
     The file is the same for the same arguments, and stays as it is where it is there already.
     """
     path = pathlib.Path(path)
@@ -77,12 +80,12 @@ def write(
 
 
 def _document(rng: np.random.Generator, filler: str, length: int, gap: int) -> str:
-    table, at = pairs(rng), int(rng.integers(len(filler) - length + 1))
-    pieces, size = [], 0
+    table, at = itertools.cycle(pairs(rng)), int(rng.integers(len(filler) - length + 1))
+    pieces, size, gap = [], 0, int(rng.integers(gap + 1))
     while size < length:
         start, at = at, at + int(rng.integers(2 * gap + 1))
-        name, value = table[rng.integers(PAIRS)]
-        pieces.append(f"{filler[start:at]}\n{name} = {value}\n")
+        name, value = next(table)
+        pieces.append(f"{filler[start:at]}\n{name} = {value}" + "\n" * (gap > 0))
         size += len(pieces[-1])
     return "".join(pieces)[:length]
 
