@@ -62,6 +62,7 @@ class LayerNorm(nnx.Module):
 
     With `groups`, mean and variance are taken within each of that many equal groups of channels (a
     GroupNorm over heads). With `offset`, the factor is 1 + weight and the weight starts at zero.
+    Without `weight` there is no factor.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class LayerNorm(nnx.Module):
         eps: float = 1e-5,
         groups: int = 1,
         offset: bool = False,
+        weight: bool = True,
         bias: bool = True,
     ):
-        self.weight = nnx.Param(jnp.full(d, 1.0 - offset, jnp.float32), axes=(None,))
+        start = jnp.full(d, 1.0 - offset, jnp.float32)
+        self.weight = nnx.Param(start, axes=(None,)) if weight else None
         self.bias = nnx.Param(jnp.zeros(d, jnp.float32), axes=(None,)) if bias else None
         self.eps, self.groups, self.offset = eps, groups, offset
 
@@ -81,7 +84,9 @@ class LayerNorm(nnx.Module):
         wide = widen(x).reshape(*x.shape[:-1], self.groups, -1)
         wide -= jnp.mean(wide, -1, keepdims=True)
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
-        wide = wide.reshape(x.shape) * (self.weight[...] + self.offset)
+        wide = wide.reshape(x.shape)
+        if self.weight is not None:
+            wide *= self.weight[...] + self.offset
         return (wide if self.bias is None else wide + self.bias[...]).astype(x.dtype)
 
 

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from seqlab.errors import ModelError
+from seqlab.kernels.attention import attention_with_lse
+
+Pair = tuple[jax.Array, jax.Array]
 
 
 class Ring(NamedTuple):
@@ -33,6 +36,11 @@ class Ring(NamedTuple):
     def _parts(self) -> tuple[int, int]:
         return (self.max_length or 0, 0) if self.window is None else (self.sinks, self.window)
 
+    def empty(self, batch: int, heads: int, width: int) -> Pair:
+        """Keys and values of no token, [B, slots, G, K] each."""
+        k, v = (jnp.zeros((batch, self.slots, heads, width), jnp.float32) for _ in "kv")
+        return k, v  # two buffers, for states are donated
+
     def held(self, position: jax.Array) -> jax.Array:
         """[B, slots]: the position of the token in each slot, -1 for none, before `position` [B].
 
@@ -54,6 +62,18 @@ class Ring(NamedTuple):
         document = jnp.cumsum(reset, 1, dtype=jnp.int32)  # what the state holds is document 0
         return (position, document), (held, jnp.where(held < 0, -1, 0))
 
+    def attend(self, q, k, v, kept: Pair, places: tuple, **options) -> tuple[Pair, Pair]:
+        """What T queries see of the tokens that come with them and of those `kept`, and what is
+        kept then.
+
+        q [B, T, H, K]; k, v [B, T, G, K]; kept: k and v [B, slots, G, K]; `places` of these tokens;
+        options of `kernels.attention`, which says what is returned of the queries.
+        """
+        at, held = places
+        sight = {"window": self.window, "sinks": self.sinks}
+        seen = attention_with_lse(q, k, v, *at, *at, past=(*kept, *held), **sight, **options)
+        return seen, self.keep(kept, (k, v), at[0][:, -1] + 1)
+
     def keep(self, old: Any, new: Any, position: jax.Array) -> Any:
         """The slots after new tokens, of which `position` [B] is the end.
 
@@ -71,6 +91,22 @@ class Ring(NamedTuple):
             return jnp.where(held[over] < 0, 0, jnp.where(at < 0, old, new))
 
         return jax.tree.map(update, old, new)
+
+    def leaving(self, old: Any, new: Any, start: jax.Array, position: jax.Array) -> tuple:
+        """The token that each of T tokens takes the slot from, [B, T, ...], and whether there is
+        one, [B, T]: nothing sees it from then on.
+
+        old, new: as `keep` has them; start [B], position [B, T]: as `places` has them.
+        """
+        fixed, ring = self._parts
+        before = start[:, None] - ring + jnp.arange(min(ring, position.shape[1]), dtype=jnp.int32)
+        slot = fixed + (before - fixed) % ring
+
+        def shifted(old, new):
+            old = jnp.take_along_axis(old, slot[(..., *(None,) * (old.ndim - 2))], 1)
+            return jnp.concatenate([old.astype(new.dtype), new], 1)[:, : new.shape[1]]
+
+        return jax.tree.map(shifted, old, new), position >= fixed + ring
 
     def refuse_overflow(self, position: jax.Array) -> None:
         """Raises ModelError if it can be known that positions [B, T] do not fit."""

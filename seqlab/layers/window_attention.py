@@ -10,7 +10,6 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
-from seqlab.kernels.attention import attention_with_lse
 from seqlab.kernels.precision import dot, widen
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.ring import Ring
@@ -54,26 +53,18 @@ class WindowAttention(nnx.Module):
 
     def init_state(self, batch: int) -> State:
         d_model = self.q.weight.shape[1]
-        shape = batch, self.ring.slots, self.config.heads, d_model // self.config.heads
-        k, v = (jnp.zeros(shape, jnp.float32) for _ in "kv")  # two buffers: states are donated
-        return State(k, v, jnp.zeros(batch, jnp.int32))
+        kept = self.ring.empty(batch, self.config.heads, d_model // self.config.heads)
+        return State(*kept, jnp.zeros(batch, jnp.int32))
 
     def __call__(self, x, state: State, reset) -> tuple[jax.Array, State]:
         c, position = self.config, positions(reset, state.position)
         q, k, v = (heads(project(x), c.heads) for project in (self.q, self.k, self.v))
         turned = lambda a: a if c.rope_base is None else rope(a, position, c.rope_base)
-        k = turned(k)
-        at, held = self.ring.places(state.position, position, reset)
-        seen = attention_with_lse(
-            *(turned(q), k, v, *at, *at),
-            past=(state.k, state.v, *held),
-            window=c.window,
-            implementation=c.implementation,
-        )
+        places = self.ring.places(state.position, position, reset)
+        kept, run = (state.k, state.v), c.implementation
+        seen, kept = self.ring.attend(turned(q), turned(k), v, kept, places, implementation=run)
         y = merge(self.persistent(*seen, q, self.k, self.v))
-        end = position[:, -1] + 1
-        k, v = self.ring.keep((state.k, state.v), (k, v), end)
-        return y, State(k, v, end)
+        return y, State(*kept, position[:, -1] + 1)
 
 
 class Persistent(nnx.Module):

@@ -1,6 +1,7 @@
 """Softmax attention out, another mixer in: teacher and student share every other weight."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from seqlab.layers import registry
 from seqlab.layers.registry import MixerConfig
 from seqlab.linearize import carry
 from seqlab.models import block as blocks
-from seqlab.models import layout, lm
+from seqlab.models import export, layout, lm
 from seqlab.models.parameters import axes, bind, parameters
 from seqlab.parallel.mesh import placed, weight_shardings
 
@@ -90,9 +91,15 @@ def plan(config: lm.Config, target: Target, *, keep: Collection[int] = ()) -> Pl
         for n, one in enumerate(old)
     ]
     teacher = layout.fitting(config, new)
-    student = layout.with_layers(teacher, new)
+    student = layout.with_layers(_published(teacher), new)
     carried, extra, left = _weights(teacher.skeleton(), student.skeleton())
     return Plan(teacher, student, replaced, carried, extra, left)
+
+
+def _published(config: lm.Config) -> lm.Config:
+    """The config with the config.json of its family, by which a student is exported."""
+    fields = export.fields_of(config)
+    return dataclasses.replace(config, published=fields and json.dumps(fields))
 
 
 def written_out(attention: Any, d_model: int) -> Any:

@@ -10,16 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from seqlab import settings
 from seqlab.errors import ModelError, SeqlabError
 from seqlab.models import decoder, hf_config, lm, published_tokenizer, tensors, translate
+from seqlab.models.essence import essence
+from seqlab.models.families import linearized
 from seqlab.models.parameters import parameters
 from seqlab.models.pretrained import config_of, family_of, model_types
-
-#: Fields of configs that say how a model runs rather than what it computes.
-RUNNING = {"max_length", "implementation", "chunk_size", "dtype", "remat", "published"}
-#: Fields of a model's config that its blocks, one by one, say as well.
-FOLDED = {"before", "pattern", "repeats", "after", "ffn", "join"}
 
 
 def export_hf(
@@ -56,7 +52,7 @@ def export_hf(
 def published(model: lm.LM) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The config.json and the tensors of a model, as its family publishes them."""
     if model.config.published is not None:
-        raw = json.loads(model.config.published)
+        raw = linearized.described(model.config) or json.loads(model.config.published)
         family = family_of(raw.get("model_type"), "The model")
         theirs = _expressed(model, family, raw, model.config)
         if theirs is None:
@@ -77,6 +73,22 @@ def published(model: lm.LM) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     )
 
 
+def fields_of(config: lm.Config) -> dict[str, Any] | None:
+    """The config.json of a model, where its config alone tells it: what it was read from, or what a
+    family says of such a model."""
+    if config.published is not None:
+        return json.loads(config.published)
+    for family in dict.fromkeys(model_types().values()):
+        described = family.describe(config) if hasattr(family, "describe") else None
+        with contextlib.suppress(SeqlabError):
+            if described is not None:
+                raw, written = described
+                again = config_of(family, hf_config.normalised(raw), decoder.UNREAD, "The model")
+                if essence(again) == essence(written):
+                    return raw
+    return None
+
+
 def _expressed(
     model: lm.LM, family: ModuleType, raw: dict[str, Any], config: lm.Config
 ) -> dict[str, np.ndarray] | None:
@@ -86,20 +98,7 @@ def _expressed(
     """
     theirs = translate.exported(family.rules(model.config), parameters(model))
     again = config_of(family, hf_config.normalised(raw), theirs, "The model")
-    return theirs if _essence(again) == _essence(config) else None
-
-
-def _essence(config: lm.Config) -> Any:
-    """What a model computes, layer by layer, however its config says it."""
-    blocks = [settings.plain(block) for _, _, block in decoder.places(config)]
-    rest = {name: value for name, value in settings.plain(config).items() if name not in FOLDED}
-    return _without_running([rest, blocks])
-
-
-def _without_running(plain: Any) -> Any:
-    if isinstance(plain, dict):
-        return {n: _without_running(value) for n, value in plain.items() if n not in RUNNING}
-    return [_without_running(value) for value in plain] if isinstance(plain, list) else plain
+    return theirs if essence(again) == essence(config) else None
 
 
 def _with_dtype(raw: dict[str, Any], model: lm.LM) -> dict[str, Any]:

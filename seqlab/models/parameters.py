@@ -5,7 +5,7 @@ arrays several times faster than a module, and its keys are the names in every f
 """
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -13,11 +13,14 @@ from flax import nnx
 from seqlab.errors import ModelError
 from seqlab.parallel.mesh import RULES
 
-M = TypeVar("M", bound=nnx.Module)
+M = TypeVar("M")
 
 
-def parameters(model: nnx.Module) -> dict[str, jax.Array]:
-    """`{"blocks.0.mixer.qkv.weight": array, ...}` in a fixed order."""
+def parameters(model: Any) -> dict[str, jax.Array]:
+    """`{"blocks.0.mixer.qkv.weight": array, ...}` in a fixed order.
+
+    The names of weights of a NamedTuple of models begin with its fields: so in all of this file.
+    """
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
 
 
@@ -34,14 +37,14 @@ def bind(model: M, params: Mapping[str, jax.Array]) -> M:
     return jax.tree.unflatten(treedef, [params[name] for name in names])
 
 
-def axes(model: nnx.Module) -> dict[str, tuple[str | None, ...]]:
+def axes(model: Any) -> dict[str, tuple[str | None, ...]]:
     """The logical axes of every weight, by name; raises ModelError where a weight has none, or one
     that `parallel.mesh.RULES` does not know."""
     variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
     return {_name(path): _axes(path, variable) for path, variable in variables}
 
 
-def decays(model: nnx.Module) -> dict[str, bool]:
+def decays(model: Any) -> dict[str, bool]:
     """Which weights weight decay may shrink: matrices, save those declared `decay=False`.
 
     Norms, biases, A_log, D, dt_bias and their kin mean something at their value, not at zero.

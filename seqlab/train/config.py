@@ -77,6 +77,8 @@ class Config:
 
     steps          optimizer steps; each sees data.batch rows of data.length tokens
     objective      what is trained for: the next token, or a prefix (see `train.objective`)
+    start          a saved or published model, or a run, whose weights this run begins with (it is
+                   read once: a run that goes on does so from its own); None draws them
     accumulate     parts that a batch is cut in, to fit memory; the result is the same
     evaluate_every steps between evaluations on data.held_out; 0 is only at the end
     samples        prompts continued by `sample_tokens` tokens at the end, for the report
@@ -88,6 +90,7 @@ class Config:
     steps: PositiveInt
     optimizer: Optimizer = Optimizer()
     objective: Objective = NEXT_TOKEN
+    start: str | None = None
     accumulate: PositiveInt = 1
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()

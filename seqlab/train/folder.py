@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ConfigError
@@ -15,26 +17,27 @@ FORMAT = 1
 _OURS = {lock.FILE, watchdog.FOLDER}  # what a start that failed may leave
 
 
-def describe(config: Config) -> dict:
-    """config.json: the model and its tokenizer where every saved model has them, then the run."""
-    run = settings.plain(config)
+def describe(config: Config, record: Mapping[str, Any] | None = None) -> dict:
+    """config.json: the model and its tokenizer where every saved model has them, then the run, with
+    the record of its work (see `train.work`)."""
+    run = settings.plain(config) | dict(record or {})
     model = run.pop("model")
     return {"format": FORMAT, "model": model, "tokenizer": config.data.tokenizer, "run": run}
 
 
-def check(folder: pathlib.Path, config: Config) -> None:
+def check(folder: pathlib.Path, config: Config, record: Mapping[str, Any] | None = None) -> None:
     """Raises ConfigError unless the folder is free or holds this very run; the first field that
     differs is named."""
     path = folder / "config.json"
     if path.exists():
-        _same_run(folder, _read(path), describe(config))
+        _same_run(folder, _read(path), describe(config, record))
     elif folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: choose another path for the run.")
     elif folder.is_dir() and any(inside.name not in _OURS for inside in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder.")
 
 
-def write(folder: pathlib.Path, config: Config) -> None:
+def write(folder: pathlib.Path, config: Config, record: Mapping[str, Any] | None = None) -> None:
     """Write config.json and the run's own copy of a tokenizer.json; what was there is replaced."""
     path = folder / "config.json"
     try:
@@ -42,7 +45,7 @@ def write(folder: pathlib.Path, config: Config) -> None:
             source = pathlib.Path(config.data.tokenizer)
             shutil.copyfile(source / TOKENIZER if source.is_dir() else source, folder / TOKENIZER)
         part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(describe(config), indent=1) + "\n", "utf-8")
+        part.write_text(json.dumps(describe(config, record), indent=1) + "\n", "utf-8")
         os.replace(part, path)
     except OSError as error:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """The training loop: start or resume, step, evaluate, save, and stop where it is asked to."""
 
+import collections
 import contextlib
 import math
 import pathlib
@@ -7,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from rich.console import Console
 from seqlab import settings
 from seqlab.errors import CheckpointError, ConfigError, NumericalError
 from seqlab.models.lm import LM
-from seqlab.models.parameters import bind, decays
+from seqlab.models.parameters import bind, decays, parameters
 from seqlab.models.tokenizer import Tokenizer, load_tokenizer
 from seqlab.parallel import processes
 from seqlab.parallel.mesh import use_mesh
@@ -30,16 +32,18 @@ from seqlab.train.peers import over_all_devices, refuse_differences
 from seqlab.train.progress import Progress
 from seqlab.train.signals import StopRequest
 from seqlab.train.sinks import Sinks, open_sinks
-from seqlab.train.step import cross_entropy, make_evaluation, make_step
+from seqlab.train.start import weights_of
+from seqlab.train.step import make_evaluation, make_step
 from seqlab.train.turns import TurnTraining
 from seqlab.train.watchdog import LIMITS, Limits, Watchdog
+from seqlab.train.work import Work
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended."""
+    """How a call of `train` ended; `model` is `Work.model` with its numbers, so mostly an LM."""
 
-    model: LM
+    model: Any
     tokenizer: Tokenizer
     step: int
     finished: bool  # False where a signal ended it early; calling `train` again goes on
@@ -50,10 +54,13 @@ def train(
     config: Config,
     folder: str | pathlib.Path,
     *,
+    work: Work | None = None,
     say: Callable[[str], object] = print,
     limits: Limits = LIMITS,
 ) -> Outcome:
     """Train in a run folder: start, go on from its newest good checkpoint, or see that it is done.
+
+    `work` says what trains and towards what; by default all weights of the config's model do.
 
     With many processes (see `parallel.processes`) all call this alike, over one shared folder, and
     process 0 alone speaks; `limits` say when they give one another up.
@@ -61,28 +68,31 @@ def train(
     Raises ConfigError where the folder holds another run or a running one, CheckpointError where
     all its checkpoints are damaged, NumericalError after `max_bad_steps` bad steps in a row.
     """
-    refuse_differences(config)
+    model = config.model.skeleton()
+    work = work or Work(model)
+    refuse_differences(config, work.record)
     config, folder = over_all_devices(config), pathlib.Path(folder)
     tokenizer = processes.alike(lambda: load_tokenizer(config.data.tokenizer))
-    model = config.model.skeleton()
-    _check(config, model, tokenizer)
+    _check(config, model, tokenizer, work)
     m = config.mesh
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(use_mesh(m.data, m.seq, m.model, **m.travel._asdict()))
-        processes.once(lambda: run_folder.check(folder, config))
+        processes.once(lambda: run_folder.check(folder, config, work.record))
         stack.enter_context(RunLock(folder))
         stop = stack.enter_context(StopRequest())
         with Watchdog(folder, limits) as watchdog:
-            return _Run(config, folder, say, tokenizer, model, mesh, stack, watchdog).go(stop)
+            return _Run(config, folder, say, tokenizer, work, mesh, stack, watchdog).go(stop)
 
 
-def _check(config: Config, model: LM, tokenizer: Tokenizer) -> None:
+def _check(config: Config, model: LM, tokenizer: Tokenizer, work: Work) -> None:
     if tokenizer.vocab > config.model.vocab:
         raise ConfigError(
             f"The tokenizer {config.data.tokenizer!r} has {tokenizer.vocab} ids but the model "
             f"only {config.model.vocab}: set model.vocab={tokenizer.vocab}."
         )
     config.objective.check(model, config.data.length)
+    if config.mesh.groups and work.trained is not None:
+        raise ConfigError("mesh.groups trains whole models for the next token: leave it out here.")
     limit = model.max_length
     if limit is not None and config.data.length > limit:
         raise ConfigError(
@@ -92,13 +102,15 @@ def _check(config: Config, model: LM, tokenizer: Tokenizer) -> None:
 
 
 class _Run:
-    def __init__(self, config, folder, say, tokenizer, model, mesh, stack, watchdog):
+    def __init__(self, config, folder, say, tokenizer, work, mesh, stack, watchdog):
         self.watchdog, self.vote = watchdog, processes.Vote()
         self.config, self.folder = config, folder
         self.say = say if processes.first() else lambda text: None
         self.warn = lambda text: (self.say if processes.first() else say)(text)
-        self.tokenizer, self.model, self.mesh, self.stack = tokenizer, model, mesh, stack
-        self.optimizer = config.optimizer.build(config.steps, decays(model))
+        self.tokenizer, self.work, self.mesh, self.stack = tokenizer, work, mesh, stack
+        shrinks = decays(work.model)
+        self.optimizer = config.optimizer.build(config.steps, {n: shrinks[n] for n in work.names})
+        self.frozen = work.placed(states.places(work.model, mesh))
         # all at once: a rate computed in the loop would wait for the step under way
         self.rates = np.asarray(
             config.optimizer.learning_rate(config.steps)(np.arange(config.steps))
@@ -118,10 +130,8 @@ class _Run:
     def go(self, stop: StopRequest) -> Outcome:
         config, first = self.config, self.step
         if self.step >= config.steps:
-            self.say(
-                f"{self.folder} is finished at step {self.step}: "
-                "to train further, give a larger steps=."
-            )
+            more = "." if self.work.name else ": to train further, give a larger steps=."
+            self.say(f"{self.folder} is finished at step {self.step}{more}")
             return self._outcome(trained=False)
         if first:
             self.say(f"Going on in {self.folder} from step {first} of {config.steps}.")
@@ -135,15 +145,17 @@ class _Run:
                 rows=None if config.mesh.groups else rows,
             )
         )
+        self.work.check(self.loader)
         self.held_out = held_out_batches(config.data, self.tokenizer, rows=rows)
         for note in (*self.loader.notes, *self.held_out.notes):
             self.say(note)
         self.sinks = self._closing(self._open_sinks())
         console = Console(highlight=False, quiet=not processes.first())
-        self.progress = self._closing(Progress(config.steps, first, console))
+        self.progress = self._closing(Progress(config.steps, first, console, name=self.work.name))
         self.say = self.progress.note
         self.place, self.train_step = self._training()
-        self.evaluate_batch = make_evaluation(self.model, config.objective.ask)
+        ask, work = config.objective.ask, self.work
+        self.evaluate_batch = make_evaluation(work.model, ask, work.evaluation)
         self._steps(stop)
         if self.step >= config.steps:
             self._evaluate()
@@ -162,25 +174,26 @@ class _Run:
     def _training(self) -> tuple[Callable, Callable]:
         """What puts a batch on devices, and the step that takes it."""
         if self.config.mesh.groups:
-            turns = TurnTraining(self.model, self.optimizer, self.mesh, self.say)
+            turns = TurnTraining(self.work.model, self.optimizer, self.mesh, self.say)
             return turns.place, turns.step
         step = make_step(
-            *(self.model, self.optimizer, self.config.accumulate),
-            *(cross_entropy, self.config.objective.ask, self.config.seed),
+            *(self.work.model, self.optimizer, self.config.accumulate),
+            *(self.work.loss, self.config.objective.ask, self.config.seed),
         )
-        return lambda batch: states.place(batch, self.mesh), step
+        place = lambda batch: states.place(batch, self.mesh)
+        return place, lambda *carried: step(*carried, self.frozen)
 
     def _open_sinks(self) -> Sinks:
         """Of many processes the first alone writes."""
         if not processes.first():
             return Sinks(())
-        run_folder.write(self.folder, self.config)
+        run_folder.write(self.folder, self.config, self.work.record)
         return open_sinks(
             self.folder,
             start_step=self.step,
             tensorboard=self.config.track.tensorboard,
             wandb_project=self.config.track.wandb,
-            config=run_folder.describe(self.config),
+            config=run_folder.describe(self.config, self.work.record),
             warn=self.warn,
         )
 
@@ -227,10 +240,11 @@ class _Run:
         tokens, seconds = metrics.pop("tokens"), max(now - last, 1e-9)
         self.tokens += tokens
         bad, loss = metrics.pop("bad_steps"), metrics.pop("loss")
+        bits = {"bits_per_byte": self._bits(loss, self.loader.bytes_per_token)}
         row = {
             "step": step,
             "loss": loss,
-            "bits_per_byte": self._bits(loss, self.loader.bytes_per_token),
+            **(bits if self.work.in_nats else {}),
             "lr": float(self.rates[step - 1]),
             **metrics,  # the norm of the gradient, and what layers add to the loss
             "tokens": self.tokens,
@@ -251,15 +265,19 @@ class _Run:
     def _evaluate(self) -> None:
         if not len(self.held_out):
             return
-        nats = tokens = 0.0
+        sums: dict[str, float] = collections.defaultdict(float)
         for batch in self.held_out:
             self.watchdog.at("evaluating", slow=not self.evaluated)
             self.evaluated = True
-            total = self.evaluate_batch(self.state.params, states.place(batch, self.mesh))
-            nats, tokens = nats + float(total.nats), tokens + float(total.tokens)
-        loss = nats / max(tokens, 1)
-        bits = self._bits(loss, self.held_out.bytes_per_token)
-        self._log({"step": self.step, "held_out_loss": loss, "held_out_bits_per_byte": bits})
+            batch = states.place(batch, self.mesh)
+            total = self.evaluate_batch(self.state.params, batch, self.frozen)
+            more = {"loss": total.nats, "tokens": total.tokens, **total.seen}
+            for name, value in more.items():
+                sums[name] += float(value)
+        tokens = max(sums.pop("tokens"), 1)
+        row = {f"held_out_{name}": value / tokens for name, value in sums.items()}
+        bits = self._bits(row["held_out_loss"], self.held_out.bytes_per_token)
+        self._log({"step": self.step, **row, "held_out_bits_per_byte": bits})
 
     def _log(self, row: dict) -> None:
         self.sinks.log(row["step"], row)
@@ -285,7 +303,8 @@ class _Run:
         )
 
     def _start_or_resume(self) -> states.State:
-        like = states.abstract(self.model, self.optimizer, self.mesh)
+        work = self.work
+        like = states.abstract(work.model, self.optimizer, self.mesh, work.names)
         restored = self.checkpoints.latest(states.to_arrays(like))
         if restored is None:
             rows = processes.once(lambda: run_folder.set_rows_aside(self.folder))
@@ -294,14 +313,22 @@ class _Run:
                     f"{self.folder} holds no checkpoint: starting at step 1; the rows of the "
                     f"earlier run are in {rows}."
                 )
-            return states.start(self.config.model, self.config.seed, self.optimizer, like)
+            return self._start(like)
         self.step, self.tokens = restored.step, restored.metadata["tokens"]
         self.position = restored.metadata["position"]
         self.fingerprint = restored.metadata["fingerprint"]
         return states.from_arrays(restored.arrays, like)
 
+    def _start(self, like: states.State) -> states.State:
+        config, arrays = self.config, self.work.trained
+        if config.start is not None and arrays is None:
+            arrays = weights_of(config.start, parameters(self.work.model))
+        if arrays is None:
+            return states.start(config.model, config.seed, self.optimizer, like)
+        return states.start_from(arrays, self.optimizer, like)
+
     def _outcome(self, *, trained: bool) -> Outcome:
-        model = bind(self.model, self.state.params)
+        model = bind(self.work.model, {**self.frozen, **self.state.params})
         return Outcome(model, self.tokenizer, self.step, self.step >= self.config.steps, trained)
 
     def _closing(self, thing):

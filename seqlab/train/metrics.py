@@ -4,7 +4,9 @@ A training step's row holds `step`, `loss` (nats per token), `bits_per_byte`, `l
 `tokens` (seen in total), `tokens_per_second`, `data_wait` (fraction of the step's wall time spent
 waiting for data) and `seconds` (since this process began to train), and what layers add to the
 loss, each by its name (such as `load_balance`). An evaluation's row holds `step`, `held_out_loss`
-and `held_out_bits_per_byte`. NaN and infinities are not JSON: they are written as null.
+and `held_out_bits_per_byte`. Where a run has work of another kind (`train.work`), `loss` is its own
+measure, without bits per byte, and what its losses see is logged beside it; `held_out_loss` is in
+nats per token all the same. NaN and infinities are not JSON: they are written as null.
 """
 
 import errno

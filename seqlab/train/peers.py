@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -13,13 +15,13 @@ from seqlab.train.config import Config
 from seqlab.train.folder import describe, difference
 
 
-def refuse_differences(config: Config) -> None:
+def refuse_differences(config: Config, record: Mapping[str, Any]) -> None:
     """Raises ConfigError, in every process, naming the first field in which one differs from
     process 0. Hashes are compared first, so that many processes exchange little."""
     if jax.process_count() == 1:
         return
     mine = {
-        **describe(config),
+        **describe(config, record),
         "the version of jax": jax.__version__,
         "the platform": jax.default_backend(),
         "the code of seqlab": _code(),

@@ -23,7 +23,8 @@ DECAY = 0.9  # of the moving averages of the loss
 
 
 class Progress:
-    """The progress of a run from `start_step` to `total_steps`; also a context manager.
+    """The progress of a run from `start_step` to `total_steps`; also a context manager. A `name`
+    says which run it is.
 
     On an interactive terminal two live lines, elsewhere plain lines without control codes. It
     never raises for a terminal or pipe that went away: it falls silent.
@@ -35,8 +36,10 @@ class Progress:
         start_step: int = 0,
         console: Console | None = None,
         *,
+        name: str = "",
         now: Callable[[], float] = time.monotonic,
     ):
+        self._name = f"{name}  " if name else ""
         self.total_steps, self.step = total_steps, start_step
         self._console = console or Console(highlight=False)
         self._now, self._began = now, now()
@@ -51,7 +54,7 @@ class Progress:
                 live.start(refresh=True)
             self._live = live
         elif start_step < total_steps:
-            self._say("compiling ...")
+            self._say(f"{self._name}compiling ...")
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show a row of metrics (see `metrics`): a training step's, or an evaluation's."""
@@ -64,7 +67,8 @@ class Progress:
             self.step = row["step"]
             self._rows.append(row)
             self._loss.add(row["loss"])
-            self._bits.add(row.get("bits_per_byte"))
+            if "bits_per_byte" in row:
+                self._bits.add(row["bits_per_byte"])
             if self._live is None and self._due():
                 self._said_step, self._said_at = self.step, self._now()
                 self._say(self._line())
@@ -110,7 +114,7 @@ class Progress:
     def _line(self) -> str:
         left, elapsed = self._left(), self._now() - self._began
         parts = [
-            f"step {self.step:,}/{self.total_steps:,}",
+            f"{self._name}step {self.step:,}/{self.total_steps:,}",
             *(f"{name} {value}".strip() for name, value in self._figures()),
             f"ETA {'-' if left is None else readable.clock(left)}",
             f"elapsed {readable.clock(elapsed)}",
@@ -121,7 +125,7 @@ class Progress:
         speed, waits = self._speed(), _values(self._rows, "data_wait")
         figures = [
             ("loss", _number(self._loss.value, ".4f")),
-            ("bits/byte", _number(self._bits.value, ".3f")),
+            *([("bits/byte", _number(self._bits.value, ".3f"))] if self._bits.fed else []),
             ("", f"{'-' if speed is None else readable.count(speed)} tokens/s"),
             ("data wait", _number(sum(waits) / len(waits) if waits else None, ".0%")),
         ]
@@ -144,7 +148,7 @@ class Progress:
         for ratio in (None, 1, None, None, None):
             top.add_column(ratio=ratio, no_wrap=True)
         top.add_row(
-            Text(f"step {self.step:>{len(total)},}/{total}", "bold"),
+            Text(f"{self._name}step {self.step:>{len(total)},}/{total}", "bold"),
             bar,
             f"{self.step / max(1, self.total_steps):4.0%}",
             _pair("elapsed", readable.clock(elapsed)),
@@ -172,6 +176,10 @@ class _Average:
         if value is not None and not self._lost:
             self._sum = DECAY * self._sum + (1 - DECAY) * value
             self._weight = DECAY * self._weight + (1 - DECAY)
+
+    @property
+    def fed(self) -> bool:
+        return self._lost or self._weight > 0
 
     @property
     def value(self) -> float | None:

@@ -1,10 +1,11 @@
 """What training carries from step to step, on any mesh, and as named arrays for checkpoints."""
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -25,10 +26,21 @@ class State(NamedTuple):
     optimizer: Any
 
 
-def abstract(model: LM, optimizer: optax.GradientTransformation, mesh) -> State:
-    """Shapes, dtypes and places of the state. An optimizer's moments lie where their weights do."""
-    params, names = parameters(model), axes(model)
-    place = {name: weight_sharding(a.shape, names[name], mesh) for name, a in params.items()}
+def abstract(
+    model: LM,
+    optimizer: optax.GradientTransformation,
+    mesh,
+    trained: Collection[str] | None = None,
+) -> State:
+    """Shapes, dtypes and places of the state. An optimizer's moments lie where their weights do.
+
+    `trained` names the weights that it is made of, by default all; they are at least float32.
+    """
+    params: dict[str, Any] = parameters(model)
+    place = places(model, mesh)
+    if trained is not None:
+        wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))
+        params = {name: wide(a) for name, a in params.items() if name in trained}
     everywhere = NamedSharding(mesh, P())
 
     def placed(path, leaf):
@@ -40,6 +52,12 @@ def abstract(model: LM, optimizer: optax.GradientTransformation, mesh) -> State:
     return jax.tree_util.tree_map_with_path(placed, state)
 
 
+def places(model: LM, mesh) -> dict[str, NamedSharding]:
+    """Where each weight of a model lies on a mesh."""
+    names = axes(model)
+    return {n: weight_sharding(a.shape, names[n], mesh) for n, a in parameters(model).items()}
+
+
 def start(config: lm.Config, seed: int, optimizer, like: State) -> State:
     """The state before the first step, each weight made on the devices that hold it."""
 
@@ -48,6 +66,16 @@ def start(config: lm.Config, seed: int, optimizer, like: State) -> State:
         return State(params, optimizer.init(params))
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda a: a.sharding, like))()
+
+
+def start_from(arrays: Mapping[str, jax.Array], optimizer, like: State) -> State:
+    """The state before the first step where weights begin as these arrays, which it copies."""
+    params = {
+        name: jax.device_put(arrays[name].astype(a.dtype), a.sharding, may_alias=False)
+        for name, a in like.params.items()
+    }
+    shardings = jax.tree.map(lambda a: a.sharding, like.optimizer)
+    return State(params, jax.jit(optimizer.init, out_shardings=shardings)(params))
 
 
 def to_arrays(state: State) -> dict[str, jax.Array]:

@@ -1,6 +1,6 @@
 """One training step and one evaluation step: pure functions over flat dictionaries of arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +16,15 @@ from seqlab.train.objective import NEXT_TOKEN, Asked
 
 
 class Loss(NamedTuple):
-    """A sum over predicted tokens, so that batches and hosts add up exactly."""
+    """Sums over predicted tokens, so that batches and hosts add up exactly.
+
+    nats  or another measure of what is to become small, such as a relative error
+    seen  more sums by name, which are logged beside the loss
+    """
 
     nats: jax.Array
     tokens: jax.Array
+    seen: dict[str, jax.Array] = {}
 
 
 def cross_entropy(model: LM, asked: Asked) -> Loss:
@@ -49,7 +54,7 @@ def objective(
         total = loss(model, batch)
     means = {name: sums.mean() for name, sums in found.items()}
     more = sum((mean.loss for mean in means.values()), start=jnp.zeros(()))
-    seen = {name: total.tokens * mean.value for name, mean in means.items()}
+    seen = total.seen | {name: total.tokens * mean.value for name, mean in means.items()}
     return total.nats + total.tokens * more, (total, seen)
 
 
@@ -60,8 +65,9 @@ def make_step(
     loss: Callable[[LM, Any], Loss] = loss,
     ask: Callable[[Any, jax.Array], Any] = lambda batch, key: batch,
     seed: int = 0,
-) -> Callable[[dict, Any, Any], tuple[dict, Any, dict[str, jax.Array]]]:
-    """step(params, optimizer state, batch) -> the two updated, metrics; the first two are donated.
+) -> Callable[..., tuple[dict, Any, dict[str, jax.Array]]]:
+    """step(params, optimizer state, batch, frozen={}) -> the first two updated, metrics; those two
+    are donated. `frozen` are the weights of the skeleton that `params` lack, and stay as they are.
 
     The batch is cut in `accumulate` parts whose gradients add up to that of the whole: the loss
     is the mean over all predicted tokens of the batch, however they fall among the parts. Another
@@ -72,14 +78,14 @@ def make_step(
 
     gradient, update = make_gradient(skeleton, loss), make_update(optimizer)
 
-    def step(params, state, batch):
+    def step(params, state, batch, frozen=None):
         batch = ask(batch, jax.random.fold_in(jax.random.key(seed), _updates(state)))
         if accumulate == 1:
-            return update(params, state, gradient(params, batch))
+            return update(params, state, gradient(params, batch, frozen))
         parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
 
         def add(grads, part):
-            more, sums = gradient(params, part)
+            more, sums = gradient(params, part, frozen)
             return jax.tree.map(jnp.add, grads, more), sums
 
         grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
@@ -89,11 +95,11 @@ def make_step(
 
 
 def make_gradient(skeleton: LM, loss: Callable[[LM, Any], Loss] = loss) -> Callable:
-    """gradient(params, part of a batch) -> sums over its predicted tokens: the gradient, and what
-    `objective` tells beside. Those of several parts add up."""
+    """gradient(params, part of a batch, frozen={}) -> sums over its predicted tokens: the gradient,
+    and what `objective` tells beside. Those of several parts add up."""
 
-    def gradient(params, part):
-        nats = lambda params: objective(bind(skeleton, params), part, loss)
+    def gradient(params, part, frozen=None):
+        nats = lambda params: objective(_bound(skeleton, params, frozen), part, loss)
         return jax.grad(nats, has_aux=True)(params)
 
     return gradient
@@ -120,11 +126,20 @@ def make_update(optimizer: optax.GradientTransformation) -> Callable:
 
 
 def make_evaluation(
-    skeleton: LM, ask: Callable[[Batch], Asked] = NEXT_TOKEN.ask
-) -> Callable[[dict, Batch], Loss]:
-    """evaluate(params, batch) -> Loss"""
-    total = lambda params, batch: cross_entropy(bind(skeleton, params), ask(batch))
+    skeleton: LM,
+    ask: Callable[[Batch], Asked] = NEXT_TOKEN.ask,
+    loss: Callable[[LM, Any], Loss] = cross_entropy,
+) -> Callable[..., Loss]:
+    """evaluate(params, batch, frozen={}) -> Loss"""
+
+    def total(params, batch, frozen=None):
+        return loss(_bound(skeleton, params, frozen), ask(batch))
+
     return jax.jit(total, compiler_options=compiler.options())
+
+
+def _bound(skeleton: LM, params: Mapping, frozen: Mapping | None) -> LM:
+    return bind(skeleton, {**(frozen or {}), **params})
 
 
 def _updates(state: Any) -> Any:

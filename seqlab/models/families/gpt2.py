@@ -1,4 +1,7 @@
-"""GPT-2 (Radford et al., 2019), with or without the prefix that its oldest files lack."""
+"""GPT-2 (Radford et al., 2019), with or without the prefix that its oldest files lack.
+
+Its positions are a block of their own, so that layer 0 of the file is block 1 here.
+"""
 
 from seqlab.layers import ffn, norm
 from seqlab.layers.mixers import attention, learned_positions
@@ -6,7 +9,7 @@ from seqlab.models import block, decoder, lm
 from seqlab.models.families import llama
 from seqlab.models.hf_config import Fields
 from seqlab.models.rearrange import Rule, rule, split
-from seqlab.models.rearrange import norm as norm_rules
+from seqlab.models.rearrange import norm as untransposed
 
 MODEL_TYPES = ("gpt2",)
 PREFIX = "transformer."
@@ -36,18 +39,20 @@ def config(fields: Fields, tensors: decoder.Tensors) -> lm.Config:
 
 def rules(config: lm.Config) -> list[Rule]:
     """Its linear maps are stored as ours, [in, out], those of q, k and v as one."""
+    ours, repeat, _ = decoder.places(config)[0]
+    table = decoder.within(rule("mixer.table", POSITIONS), ours, "", repeat)
     third = (config.d_model,) * 3
     layer = [
-        *norm_rules("mixer_norm", "ln_1"),
-        *norm_rules("ffn_norm", "ln_2"),
+        *untransposed("mixer_norm", "ln_1"),
+        *untransposed("ffn_norm", "ln_2"),
         rule(_qkv("weight"), "attn.c_attn.weight", split(*third, axis=1)),
         rule(_qkv("bias"), "attn.c_attn.bias", split(*third)),
-        *_map("mixer.out", "attn.c_proj"),
-        *_map("ffn.up", "mlp.c_fc"),
-        *_map("ffn.down", "mlp.c_proj"),
+        *untransposed("mixer.out", "attn.c_proj"),
+        *untransposed("ffn.up", "mlp.c_fc"),
+        *untransposed("ffn.down", "mlp.c_proj"),
     ]
     layers = decoder.rules(config, lambda _: layer, embed=EMBED, layer=LAYER, final=NORM, before=1)
-    return [rule("before.0.mixer.table", POSITIONS), *layers]
+    return [table, *layers]
 
 
 def respelled(tensors: decoder.Tensors) -> dict:
@@ -75,7 +80,3 @@ def _mixer(fields: Fields, n: int) -> attention.Config:
 
 def _qkv(part: str) -> list[str]:
     return [f"mixer.{name}.{part}" for name in "qkv"]
-
-
-def _map(ours: str, theirs: str) -> list[Rule]:
-    return [rule(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
