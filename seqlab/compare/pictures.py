@@ -17,7 +17,7 @@ from seqlab.compare.labels import Label
 from seqlab.compare.published import Published
 from seqlab.compare.results import Result
 from seqlab.train import readable
-from seqlab.train.charts import DPI, THEMES, Theme
+from seqlab.train.charts import DPI, THEMES, Theme, write
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 COLOURS = ("#2f7fe0", "#e07b1f", "#149c78", "#c765a0", "#9a7d0a", "#7d67d8", "#d0504f", "#4a93a8")
@@ -49,7 +49,7 @@ def draw(
         size = (WIDTH, 5.8)
         drawn.append(Picture("accuracy_state", "Accuracy against bytes of state", size))
         for theme in THEMES:
-            _save(folder, drawn[-1], theme, _against_state(theme, size, shown, tests, theirs))
+            write(folder, drawn[-1].name, theme, _against_state(theme, size, shown, tests, theirs))
     if shown and len(tests) > 1:
         theirs = [group for group in known if group.against == "length"]
         size = (WIDTH, max(4.4, 1.4 + 0.145 * len(shown)))
@@ -57,7 +57,7 @@ def draw(
         ticks = [f"{test}\nas trained" if test in trained else test for test in tests]
         for theme in THEMES:
             figure = _against_length(theme, size, shown, tests, ticks, theirs)
-            _save(folder, drawn[-1], theme, figure)
+            write(folder, drawn[-1].name, theme, figure)
     return drawn
 
 
@@ -146,7 +146,3 @@ def _published(axes: Axes | None, theme: Theme, theirs: Sequence[Published]) -> 
     if axes is not None:
         _title(axes, theme, "Published", theirs[0].source.partition(";")[0])
         _curves(axes, theme, {name: pts for group in theirs for name, pts in group.curves.items()})
-
-
-def _save(folder: pathlib.Path, picture: Picture, theme: Theme, figure: Figure) -> None:
-    figure.savefig(folder / f"{picture.name}{theme.suffix}.png", dpi=DPI, facecolor=theme.paper)

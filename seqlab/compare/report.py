@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqlab import settings
-from seqlab.compare import pictures, published, results
+from seqlab.compare import pictures, published
 from seqlab.compare.results import Result
 from seqlab.tasks import Protocol
 from seqlab.train import page, readable
+from seqlab.train.folder import put
 from seqlab.train.page import text
 
 
@@ -41,9 +42,9 @@ def write(
         page.section("Published", page.facts_list(_sources(known))) if known else "",
         '<footer>All figures are from <a href="results.json">results.json</a>.</footer>',
     ]
-    results.write(out / "compare.html", page.document("Comparison", name, sections))
+    put(out / "compare.html", page.document("Comparison", name, sections))
     rows = [settings.plain(result) for result in ordered]
-    results.write(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    put(out / "results.json", json.dumps(rows, indent=1) + "\n")
     return out / "compare.html"
 
 

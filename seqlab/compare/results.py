@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import urllib.parse
 from typing import Any
@@ -15,6 +14,7 @@ from seqlab.compare.entries import Entry
 from seqlab.errors import ConfigError, SeqlabError
 from seqlab.settings import STRICT
 from seqlab.tasks import Accuracy
+from seqlab.train.folder import put
 
 FILE = "result.json"
 
@@ -99,16 +99,4 @@ def load(path: pathlib.Path, fresh: Result) -> Result:
 
 def save(path: pathlib.Path, result: Result) -> None:
     """Write the result; a reader sees the old file or the new one."""
-    write(path / FILE, json.dumps(settings.plain(result), indent=1, allow_nan=False) + "\n")
-
-
-def write(file: pathlib.Path, text: str) -> None:
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, "utf-8")
-        os.replace(part, file)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write {file} ({error.strerror}): choose an --out you can write."
-        ) from error
+    put(path / FILE, json.dumps(settings.plain(result), indent=1, allow_nan=False) + "\n")

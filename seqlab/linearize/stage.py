@@ -49,7 +49,7 @@ def run(
     The student's weights keep their dtypes and places; adapters are merged. Raises Stopped where a
     signal ended the run early, ConfigError, DataError, and what `train` raises.
     """
-    student = _adapted(pair.student, stage, fields.get("seed", 0))
+    student = adapted(pair.student, stage, fields.get("seed", 0))
     teacher = None if stage.loss == "ce" else pair.teacher
     config = Config(
         model=pair.student.config,
@@ -90,7 +90,8 @@ def trained(pair: Pair, student: LM, stage: Stage) -> list[str]:
     return [name for name in parameters(student) if name in chosen]
 
 
-def _adapted(student: LM, stage: Stage, seed: int) -> LM:
+def adapted(student: LM, stage: Stage, seed: int = 0) -> LM:
+    """The student with the adapters that a stage trains, if it does."""
     if stage.lora is None:
         return student
     low = stage.lora

@@ -9,7 +9,7 @@ import numpy as np
 from seqlab import settings
 from seqlab.errors import ConfigError, DataError, ModelError
 from seqlab.layers import int8_linear, ptqtp_linear
-from seqlab.models import export, lm, pack, pretrained, published_tokenizer, store
+from seqlab.models import export, lm, pack, pretrained, store
 from seqlab.models.parameters import parameters
 
 CHARACTERS = 2**17  # of a calibration text that are read at most
@@ -27,8 +27,9 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, max_length: int | Non
     if pretrained.is_published(source):
         store.save(model, target, tokenizer=store.tokenizer_of(source))
         return f"{target} is a saved model, for seqlab.load and every command."
-    has_tokenizer = (source / published_tokenizer.TOKENIZER).is_file()
-    export.export_hf(model, target, tokenizer=source if has_tokenizer else None)
+    tokenizer = store.tokenizer_of(source)
+    own = tokenizer if isinstance(tokenizer, pathlib.Path) else None
+    export.export_hf(model, target, tokenizer=own)
     return f"{target} is a published model, for transformers and all that reads its files."
 
 

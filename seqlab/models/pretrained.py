@@ -55,16 +55,24 @@ def load(path: str | os.PathLike, *, max_length: int | None = None) -> lm.LM:
     trained for, but 4096 at most. Raises ModelError or CheckpointError.
     """
     path = pathlib.Path(path)
+    family, config, held = described(path, max_length)
+    skeleton = config.skeleton()
+    ignored = getattr(family, "IGNORED", ())
+    return bind(skeleton, translate.imported(path, skeleton, family.rules(config), held, ignored))
+
+
+def described(
+    path: pathlib.Path, max_length: int | None = None
+) -> tuple[ModuleType, lm.Config, dict[str, np.ndarray]]:
+    """The family and the config of a published folder, and its tensors, which are mapped: none is
+    read yet. Raises as `load` does."""
     fields, raw = hf_config.read(path)
     fields.max_length = max_length
     family = family_of(fields.get("model_type"), path)
     hf_config.refuse_quantized(path, raw, getattr(family, "QUANTIZED", ()))
     held = _untied(read(path, family), fields, family, path)
     config = config_of(family, fields, held, path / hf_config.CONFIG)
-    config = dataclasses.replace(config, published=json.dumps(raw))
-    skeleton = config.skeleton()
-    ignored = getattr(family, "IGNORED", ())
-    return bind(skeleton, translate.imported(path, skeleton, family.rules(config), held, ignored))
+    return family, dataclasses.replace(config, published=json.dumps(raw)), held
 
 
 def read(path: pathlib.Path, family: ModuleType) -> dict[str, np.ndarray]:

@@ -1,7 +1,8 @@
 """Models in folders: saved by `save`, read back by `load`, which also reads run folders.
 
 A saved model is config.json (plain JSON), model.safetensors and a manifest of hashes; with a
-tokenizer file of its own, that too. Loading validates everything and runs no code.
+tokenizer file of its own, that too. A folder that is no model itself but holds one in `model/`, as
+a linearization leaves it, is read as that one. Loading validates everything and runs no code.
 """
 
 import hashlib
@@ -26,11 +27,12 @@ from seqlab.models.arrays import read_arrays, read_contents, steps
 from seqlab.models.artifacts import MANIFEST
 from seqlab.models.parameters import bind, parameters
 from seqlab.models.published_tokenizer import FILES as TOKENIZER_FILES
-from seqlab.models.published_tokenizer import SETTINGS, TOKENIZER, PublishedTokenizer
+from seqlab.models.published_tokenizer import TOKENIZER
 from seqlab.models.tokenizer import Tokenizer
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+INNER = "model"  # a saved model in a folder that tells how it was made
 PARAMS = "params/"  # what the names of the weights begin with in a checkpoint
 
 
@@ -83,11 +85,10 @@ def load(
     Raises ModelError where the folder is no model, CheckpointError where it is damaged; a damaged
     checkpoint with a good one before it is passed over with a warning.
     """
-    path = pathlib.Path(path)
+    path = home(path)
     if pretrained.is_published(path):
         return pretrained.load(path, max_length=max_length)
-    if max_length is not None:
-        raise ModelError(f"{path} is no published model: its own config has the max_length.")
+    _refuse(path, max_length)
     if (path / "checkpoints").is_dir():
         config = _config(path)
         skeleton = config.skeleton()
@@ -105,12 +106,21 @@ def load(
     return bind(skeleton, _weights(path / WEIGHTS, parameters(skeleton)))
 
 
+def load_config(path: str | os.PathLike, *, max_length: int | None = None) -> lm.Config:
+    """The config of the model that `load` reads from a folder; none of its weights is read."""
+    path = home(path)
+    if pretrained.is_published(path):
+        return pretrained.described(path, max_length)[1]
+    _refuse(path, max_length)
+    return _config(path)
+
+
 def load_tokenizer(path: str | os.PathLike, model: lm.LM | None = None) -> Tokenizer:
     """The tokenizer that a saved model or a run was trained with, or of a published folder.
 
     Raises ModelError where there is none, it cannot be read, or it has ids that `model` lacks.
     """
-    path = pathlib.Path(path)
+    path = home(path)
     tokenizer = _tokenizer(path)
     if model is not None and tokenizer.vocab > model.config.vocab:
         raise ModelError(
@@ -121,16 +131,15 @@ def load_tokenizer(path: str | os.PathLike, model: lm.LM | None = None) -> Token
 
 
 def _tokenizer(path: pathlib.Path) -> Tokenizer:
-    if pretrained.is_published(path) or (path / SETTINGS).is_file():
-        return PublishedTokenizer(path)
-    spec = tokenizer_of(path)
+    spec = path if pretrained.is_published(path) else tokenizer_of(path)
     if spec is None:
         raise ModelError(f"{path} was saved without a tokenizer: save it again with one.")
-    return tokenizers.load_tokenizer(str(path / TOKENIZER if spec == path else spec))
+    return tokenizers.load_tokenizer(str(spec))
 
 
 def tokenizer_of(path: pathlib.Path) -> str | pathlib.Path | None:
     """What `save` takes as the tokenizer of a model in a folder: the folder, if it has its own."""
+    path = home(path)
     if (path / TOKENIZER).is_file():
         return path
     return None if pretrained.is_published(path) else _fields(path).get("tokenizer", "bytes")
@@ -143,6 +152,18 @@ def fingerprint(model: lm.LM) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _refuse(path: pathlib.Path, max_length: int | None) -> None:
+    if max_length is not None:
+        raise ModelError(f"{path} is no published model: its own config has the max_length.")
+
+
+def home(path: str | os.PathLike) -> pathlib.Path:
+    """The folder that holds config.json: this one, or its `model/`."""
+    path = pathlib.Path(path)
+    inner = path / INNER
+    return inner if inner.is_dir() and not (path / "config.json").exists() else path
 
 
 def _see(path: pathlib.Path) -> None:

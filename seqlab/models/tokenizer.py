@@ -67,11 +67,19 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """'bytes', or the path of a tokenizer.json, or of a folder that holds one.
+    """'bytes', or the path of a tokenizer.json, or of a folder that holds one, and what a published
+    model's folder has beside it to say what begins and ends a text.
 
     Raises ModelError where the file is missing, malformed or larger than 50 MB.
     """
-    return ByteTokenizer() if spec == "bytes" else FileTokenizer(pathlib.Path(spec))
+    if spec == "bytes":
+        return ByteTokenizer()
+    from seqlab.models import pretrained, published_tokenizer  # which build on this file
+
+    path = pathlib.Path(spec)
+    if (path / published_tokenizer.SETTINGS).is_file() or pretrained.is_published(path):
+        return published_tokenizer.PublishedTokenizer(path)
+    return FileTokenizer(path)
 
 
 class ByteTokenizer:

@@ -149,6 +149,9 @@ def weight_shardings(
 
 
 def placed(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A weight with these logical axes where it goes on the ambient mesh; outside one, as it is."""
+    """A weight with these logical axes where it goes on the ambient mesh; outside one, and while it
+    is traced, as it is."""
+    if isinstance(array, jax.core.Tracer):
+        return array
     mesh = jax.sharding.get_mesh()
     return array if mesh.empty else jax.device_put(array, weight_sharding(array.shape, axes, mesh))

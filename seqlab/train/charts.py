@@ -108,9 +108,12 @@ def draw(rows: Sequence[Mapping], folder: Path, baselines: Mapping[str, float]) 
     for chart in CHARTS:
         for theme in THEMES:
             lines = baselines if chart.key == "bits_per_byte" else {}
-            figure = _figure(chart, theme, rows, lines)
-            path = folder / f"{chart.name}{theme.suffix}.png"
-            figure.savefig(path, dpi=DPI, facecolor=theme.paper)
+            write(folder, chart.name, theme, _figure(chart, theme, rows, lines))
+
+
+def write(folder: Path, name: str, theme: Theme, figure: Figure) -> None:
+    """Write NAME.png, or of the dark theme NAME.dark.png."""
+    figure.savefig(folder / f"{name}{theme.suffix}.png", dpi=DPI, facecolor=theme.paper)
 
 
 def curve(rows: Sequence[Mapping], key: str) -> Curve:
@@ -154,11 +157,8 @@ def frame(chart: Chart, train: Curve, held_out: Curve, lines: Sequence[float]) -
 
 
 def _figure(chart: Chart, theme: Theme, rows: Sequence[Mapping], lines: Mapping) -> Figure:
-    room = 1 - TITLE / chart.size[1]
-    figure = Figure(figsize=chart.size, layout=ConstrainedLayoutEngine(rect=(0, 0, 1, room)))
-    axes = figure.add_subplot()
+    figure, axes = canvas(chart.size, theme, chart.title, chart.unit)
     train, held_out = curve(rows, chart.key), curve(rows, chart.held_out)
-    _dress(figure, axes, chart, theme)
     if not len(train.steps) and not len(held_out.steps):
         _empty(axes, theme)
         return figure
@@ -173,7 +173,7 @@ def _figure(chart: Chart, theme: Theme, rows: Sequence[Mapping], lines: Mapping)
     if chart.key == "tokens_per_second" and len(train.finite.values):
         _median(axes, theme, train)
     if chart.held_out:
-        _legend(axes, theme, "best" if len(train.steps) <= FEW else "upper right")
+        legend(axes, theme, "best" if len(train.steps) <= FEW else "upper right")
     return figure
 
 
@@ -218,24 +218,31 @@ def _median(axes: Axes, theme: Theme, train: Curve) -> None:
     axes.text(0.99, 0.05, label, color=theme.ink, fontsize=9, **corner)
 
 
-def _legend(axes: Axes, theme: Theme, place: Literal["best", "upper right"]) -> None:
+def legend(axes: Axes, theme: Theme, place: Literal["best", "upper right"] = "best") -> None:
+    """Names of lines, in a box through which they shine."""
     look = {"facecolor": theme.paper, "framealpha": 0.8, "edgecolor": "none"}
     axes.legend(loc=place, fontsize=9, handlelength=1.6, labelcolor=theme.ink, **look)
 
 
-def _dress(figure: Figure, axes: Axes, chart: Chart, theme: Theme) -> None:
-    """Title and unit on one line, horizontal grid lines only."""
-    top = 1 - 0.1 / chart.size[1]
-    title = {"x": 0.012, "y": top, "ha": "left", "va": "top"}
-    figure.suptitle(chart.title, color=theme.ink, fontsize=11, weight="bold", **title)
-    figure.text(0.988, top, chart.unit, color=theme.muted, fontsize=9, ha="right", va="top")
+def canvas(
+    size: tuple[float, float], theme: Theme, title: str, unit: str, along: str = "step"
+) -> tuple[Figure, Axes]:
+    """An empty chart of so many inches: title and unit on one line, horizontal grid lines only, and
+    `along` below."""
+    room, top = 1 - TITLE / size[1], 1 - 0.1 / size[1]
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(rect=(0, 0, 1, room)))
+    axes = figure.add_subplot()
+    place = {"x": 0.012, "y": top, "ha": "left", "va": "top"}
+    figure.suptitle(title, color=theme.ink, fontsize=11, weight="bold", **place)
+    figure.text(0.988, top, unit, color=theme.muted, fontsize=9, ha="right", va="top")
     axes.set_facecolor(theme.paper)
-    axes.set_xlabel("step", color=theme.muted, fontsize=9)
+    axes.set_xlabel(along, color=theme.muted, fontsize=9)
     axes.spines[:].set_visible(False)
     axes.spines["bottom"].set(visible=True, color=theme.grid)
     axes.grid(axis="y", which="major", color=theme.grid, lw=0.9)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.muted, labelsize=9, length=0, which="both")
+    return figure, axes
 
 
 def _empty(axes: Axes, theme: Theme) -> None:

@@ -1,15 +1,17 @@
 """The run folder: which run it holds, and whether this config may go on with it."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ConfigError
-from seqlab.models.store import TOKENIZER
+from seqlab.models import published_tokenizer
+from seqlab.models.published_tokenizer import TOKENIZER
 from seqlab.train import lock, watchdog
 from seqlab.train.config import MAY_CHANGE, Config
 
@@ -39,17 +41,33 @@ def check(folder: pathlib.Path, config: Config, record: Mapping[str, Any] | None
 
 def write(folder: pathlib.Path, config: Config, record: Mapping[str, Any] | None = None) -> None:
     """Write config.json and the run's own copy of a tokenizer.json; what was there is replaced."""
-    path = folder / "config.json"
-    try:
-        if config.data.tokenizer != "bytes":
-            source = pathlib.Path(config.data.tokenizer)
-            shutil.copyfile(source / TOKENIZER if source.is_dir() else source, folder / TOKENIZER)
-        part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(describe(config, record), indent=1) + "\n", "utf-8")
+    if config.data.tokenizer != "bytes":
+        source = pathlib.Path(config.data.tokenizer)
+        with _writing(folder / TOKENIZER):
+            if source.is_dir():
+                published_tokenizer.copy(source, folder)
+            else:
+                shutil.copyfile(source, folder / TOKENIZER)
+    put(folder / "config.json", json.dumps(describe(config, record), indent=1) + "\n")
+
+
+def put(path: pathlib.Path, text: str) -> None:
+    """Write a file, its folder too: a reader sees the old text or the new one. Raises ConfigError
+    where it cannot be written."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, "utf-8")
         os.replace(part, path)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
-            f"Cannot write {path} ({error.strerror}): choose a run folder you can write."
+            f"Cannot write {path} ({error.strerror}): choose a folder (--out) you can write."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Numbers as a person reads them: 12.3k, 1.4 MiB, 3:07."""
 
 import math
+from collections.abc import Iterable
 
 
 def count(value: float) -> str:
@@ -40,3 +41,14 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes}m"
     return f"{minutes}m {rest}s" if minutes else f"{rest}s"
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Whole numbers in order, those that follow one another drawn together: 0-2, 4, 6-7."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

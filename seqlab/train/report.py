@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from seqlab.train import charts, metrics, readable
+from seqlab.train.folder import put
 from seqlab.train.page import page
 
 LAST = 50  # training steps whose mean stands for the end, where nothing was held out
@@ -42,9 +43,7 @@ def write_report(
     config = folder / "config.json"
     fields = json.loads(config.read_text("utf-8")) if config.exists() else None
     text = page(title, tiles, model_table, samples, _run_facts(rows) | dict(facts or {}), fields)
-    whole = path.with_suffix(".html.part")
-    whole.write_text(text, "utf-8")
-    os.replace(whole, path)  # a reader sees the old page or the new one
+    put(path, text)
     return path
 
 
