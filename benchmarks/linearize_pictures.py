@@ -36,8 +36,8 @@ def recovered(theme: Theme, teacher: Row, students: Sequence[Row], colours) -> F
     for row in students:
         found = [row[name] for name in ("at the swap", "after stage 1", "after stage 2")]
         shares = [teacher["perplexity"] / one for one in found if one is not None]
-        step = row["tokens"] / max(len(shares) - 1, 1)
-        ends.append(_line(axes, row["method"], [i * step for i in range(len(shares))], shares, colours))
+        tokens = [row["tokens"] * i / max(len(shares) - 1, 1) for i in range(len(shares))]
+        ends.append(_line(axes, row["method"], tokens, shares, colours))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: readable.count(x)))
     return _named(figure, axes, ends)
 
@@ -53,6 +53,22 @@ def recalled(theme: Theme, rows: Sequence[Row], colours) -> Figure:
     axes.set_xticks(range(len(names)), [name.removeprefix("recall ") for name in names])
     axes.set_ylim(-0.04, 1.06)
     return _named(figure, axes, ends)
+
+
+def decoding(folder: pathlib.Path, rows: Sequence[Row]) -> None:
+    """Write linearize_decode: a token's time after so many others."""
+    names = [name for name in rows[0] if name != "tokens read"]
+    xs = [row["tokens read"] for row in rows]
+    for theme in THEMES:
+        figure, axes = canvas(SIZE, theme, "Decoding", "milliseconds a token", "tokens read before")
+        colours = {"teacher": theme.muted} | dict(zip(names[1:], COLOURS, strict=False))
+        ends = [_line(axes, name, xs, [row[name] for row in rows], colours) for name in names]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(xs, [readable.count(x) for x in xs])
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(xs[0] / 1.2, xs[-1] * 4)
+        column(axes, ends)
+        write(folder, "linearize_decode", theme, figure)
 
 
 def _line(axes: Axes, name: str, xs, ys, colours) -> Label:
