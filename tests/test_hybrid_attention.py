@@ -1,7 +1,7 @@
 """Published linearizations, held against what their papers define and against softmax attention."""
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqlab.conformance.tolerance import GRADIENT, assert_close
+from seqlab.conformance.tolerance import assert_close
 from seqlab.conformance.trial import step_by_step, whole
 from seqlab.errors import ConfigError
-from seqlab.layers import feature_memory, norm
+from seqlab.layers import feature_maps, norm
+from seqlab.layers.feature_memory import Config as Memory
 from seqlab.layers.mixers import attention, hybrid_attention
-from seqlab.layers.ring import Ring
+from seqlab.layers.registry import mixer_config
+from seqlab.layers.rope import positions
 from seqlab.layers.softmax_window import largest_score
 from seqlab.linearize.presets import PRESETS
+from seqlab.models.parameters import bind, parameters
+from tests import linearized as papers
+from tests.linearized import SCALE, G, H, K, W, document, f8, sigmoid
 
-B, T, D, H, G, K, W = 2, 23, 12, 4, 2, 8, 5
+B, T, D = 2, 23, 12
 TEACHER = attention.Config(
-    heads=H, kv_heads=G, head_dim=K, qk_norm=norm.Config(), qkv_bias=True, scale=0.5
+    heads=H, kv_heads=G, head_dim=K, qk_norm=norm.Config(), qkv_bias=True, scale=SCALE
 )
 #: Fields that make a preset small.
 SMALL = {name: {"window": W} for name in PRESETS} | {
@@ -31,185 +36,30 @@ SMALL = {name: {"window": W} for name in PRESETS} | {
 }
 
 
-class Document(NamedTuple):
-    """What the equations speak of, [n, H, K] each but x [n, D]: R(a) is a, rotated."""
-
-    mixer: Any
-    x: np.ndarray
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    gate: np.ndarray  # keys before they are normed
-    Rq: np.ndarray
-    Rk: np.ndarray
+def mixed(**fields) -> hybrid_attention.Config:
+    """With the teacher's projections."""
+    return PRESETS["liger"](TEACHER, **{"window": W} | fields)
 
 
-def sigmoid(a):
-    return 1 / (1 + np.exp(-a))
-
-
-def softmax(a):
-    return np.exp(a) / np.exp(a).sum(-1, keepdims=True)
-
-
-def rotated(a):
-    """The channels i and i + K/2 as a complex number, turned by t * 10,000^(-2i/K)."""
-    t = np.arange(len(a))[:, None, None]
-    z = (a[..., : K // 2] + 1j * a[..., K // 2 :]) * np.exp(
-        1j * t * 1e4 ** (-np.arange(K // 2) * 2 / K)
-    )
-    return np.concatenate([z.real, z.imag], -1)
-
-
-def document(mixer, x) -> Document:
-    split = lambda layer: (x @ f8(layer.weight) + f8(layer.bias)).reshape(len(x), -1, K)
-    rms = lambda a, w: a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-6) * f8(w.weight)
-    every = lambda a: np.repeat(a, H // G, 1)
-    q, k = rms(split(mixer.q), mixer.q_norm), every(rms(split(mixer.k), mixer.k_norm))
-    gate, v = every(split(mixer.k)), every(split(mixer.v))
-    return Document(mixer, x, q, k, v, gate, rotated(q), rotated(k))
-
-
-def f8(parameter):
-    return np.asarray(parameter[...], np.float64)
-
-
-def scores(q, k, t, seen):
-    """q_t . k_s of the s that are seen, scaled: [H, s]"""
-    return 0.5 * np.einsum("hk,shk->hs", q[t], k[seen])
-
-
-def windowed(q, k, v, seen=lambda t: range(max(0, t - W + 1), t + 1)):
-    """softmax(scores) v over what each t sees"""
-    return np.stack(
-        [
-            np.einsum("hs,shk->hk", softmax(scores(q, k, t, [*seen(t)])), v[[*seen(t)]])
-            for t in range(len(q))
-        ]
-    )
-
-
-def remembered(decay, key, v, query):
-    """S_t = diag(decay_t) S_{t-1} + key_t v_t^T, read by query_t: [n, H, V]"""
-    S, y = 0.0, []
-    for t in range(len(v)):
-        S = decay[t][..., None] * S + key[t][..., None] * v[t][:, None]
-        y.append(np.einsum("hf,hfv->hv", query[t], S))
-    return np.stack(y)
-
-
-def divided(decay, key, v, query):
-    """The same, divided by the sum of its weights."""
-    y = remembered(decay, key, np.concatenate([v, np.ones_like(v[..., :1])], -1), query)
-    return y[..., :-1] / (y[..., -1:] + 1e-6)
-
-
-def hedgehog_map(phi, a):
-    z = np.einsum("nhd,hdf->nhf", a, f8(phi.project.weight))
-    return np.concatenate([softmax(z), softmax(-z)], -1)
-
-
-def features(d: Document, q, k):
-    memory = d.mixer.memory
-    return hedgehog_map(memory.feature_map_q, q), hedgehog_map(memory.feature_map_k, k)
-
-
-def liger(d, a=None, key=None, query=None):
-    a = sigmoid(d.gate) ** (1 / 16) if a is None else a
-    key, query = softmax(d.k) if key is None else key, softmax(d.q) if query is None else query
-    return 0.5 * windowed(d.Rq, d.Rk, d.v) + 0.5 * remembered(a, key, d.v, query)
-
-
-def liger_hgrn2(d):
-    return liger(d, sigmoid(d.gate), 1 - sigmoid(d.gate))
-
-
-def liger_gsa(d):
-    a = sigmoid(d.gate) ** (1 / 16)
-    keys, p = 0.0, []
-    for t in range(len(a)):
-        keys = a[t][..., None] * keys + (1 - a[t])[..., None] * d.k[t][:, None]
-        p.append(softmax(np.einsum("hmk,hk->hm", keys, d.q[t])))
-    return liger(d, a, 1 - a, np.stack(p))
-
-
-def liger_mamba2(d):
-    softplus = np.log1p(np.exp(d.gate.mean(-1, keepdims=True)))
-    return liger(d, np.exp(-softplus))
-
-
-def lizard(d, q=None, k=None):
-    m, (fq, fk) = d.mixer, features(d, d.q, d.k)
-    gamma = sigmoid(d.x @ f8(m.memory.decay.weight) + f8(m.memory.decay.bias))[..., None]
-    near, (q, k) = [], (d.q, d.k) if q is None else (q, k)
-    for t in range(len(q)):
-        seen = [*range(max(0, t - W + 1), t + 1)]
-        e = np.exp(scores(q, k, t, seen))
-        total = np.exp(f8(m.sink)).sum() + e.sum(-1, keepdims=True)
-        near.append(np.einsum("hs,shk->hk", e, d.v[seen]) / total)
-    return divided(gamma, fk, d.v, fq) + f8(m.alpha) * np.stack(near)
-
-
-def lizard_rope(d):
-    return lizard(d, d.Rq, d.Rk)
-
-
-def lolcats(d):
-    (fq, fk), y = features(d, d.Rq, d.Rk), []
-    for t in range(len(d.q)):
-        weights = np.einsum("hf,shf->hs", fq[t], fk[: t + 1])
-        seen = np.arange(t + 1) > t - W
-        e = scores(d.Rq, d.Rk, t, seen.nonzero()[0])
-        e = np.exp(e - e.max(-1, keepdims=True))
-        weights[:, seen] = sigmoid(f8(d.mixer.window_factor))[:, None] * e
-        y.append(np.einsum("hs,shk->hk", weights / weights.sum(-1, keepdims=True), d.v[: t + 1]))
-    return np.stack(y)
-
-
-def hedgehog(d):
-    fq, fk = features(d, d.Rq, d.Rk)
-    return divided(np.ones_like(fk), fk, d.v, fq)
-
-
-def t2r(d):
-    phi = lambda project, a: np.maximum(
-        np.einsum("nhd,hdf->nhf", a, f8(project.weight)) + f8(project.bias), 0
-    )
-    memory = d.mixer.memory
-    fq, fk = phi(memory.feature_map_q.project, d.Rq), phi(memory.feature_map_k.project, d.Rk)
-    return divided(np.ones_like(fk), fk, d.v, fq)
-
-
-def supra(d):
-    def phi(project, a):
-        over = a.reshape(len(a), -1) @ f8(project.weight) + f8(project.bias)
-        return rotated(np.maximum(over, 0).reshape(len(a), -1, K))
-
-    memory = d.mixer.memory
-    fq = phi(memory.feature_map_q.project, d.q) * K**-0.5
-    fk = np.repeat(phi(memory.feature_map_k.project, d.k[:, :: H // G]), H // G, 1)
-    slope = 2.0 ** (-8 * (np.arange(H) + 1) / H)
-    y = remembered(np.broadcast_to(np.exp(-slope)[:, None], fk.shape), fk, d.v, fq)
-    apart = y - y.mean(-1, keepdims=True)
-    return apart / np.sqrt((apart**2).mean(-1, keepdims=True) + 1e-5)
-
-
-def swa(d):
-    return windowed(d.Rq, d.Rk, d.v)
-
-
-def swa_sink(d):
-    return windowed(
-        d.Rq, d.Rk, d.v, lambda t: [s for s in range(t + 1) if s < 2 or s > t - (W - 2)]
-    )
-
-
-DEFINITIONS = {
-    f.__name__: f
-    for f in (
-        *(liger, liger_hgrn2, liger_gsa, liger_mamba2, lizard, lizard_rope, lolcats),
-        *(hedgehog, t2r, supra, swa, swa_sink),
-    )
+CASES = {name: PRESETS[name](TEACHER, **SMALL[name]) for name in PRESETS} | {
+    "one_gate_a_head": mixed(
+        sinks=2,
+        window_share=0.25,
+        memory=Memory(decay_form="exp", decay_width=1, decay_normed=True),
+    ),
+    "fixed_rates": mixed(
+        window_rope=False,
+        sink_logits=3,
+        mix="joint",
+        memory=Memory(
+            feature_maps.Config("hedgehog", per_head=True, bias=False, joint=False),
+            tie_feature_map=True,
+            scale=True,
+            decay="fixed",
+            decay_rates="retention",
+            norm="own",
+        ),
+    ),
 }
 
 
@@ -232,15 +82,118 @@ def wide(state):
     return jax.tree.map(lambda a: a.astype("f8") if a.dtype == "f4" else a, state)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_preset_is_what_its_paper_defines_at_once_and_token_by_token(name):
+    """Documents begin where they like, the longest is of several windows."""
     with jax.enable_x64(True):
-        mixer = build(PRESETS[name](TEACHER, **SMALL[name]))
+        mixer, definition = build(CASES[name]), getattr(papers, name)
         x, reset = inputs()
         run = lambda way: jax.jit(way)(mixer, x, wide(mixer.init_state(B)), reset)
         at_once = run(whole)
         for row in range(B):
             for part in np.split(np.arange(T), reset[row].nonzero()[0]):
-                y = DEFINITIONS[name](document(mixer, x[row, part])).reshape(len(part), -1)
+                y = definition(document(mixer, x[row, part])).reshape(len(part), -1)
                 assert_close(at_once.y[row, part], y @ f8(mixer.out.weight))
         assert_close(run(step_by_step), at_once)
+
+
+def taught(mixer, teacher):
+    """The mixer with its teacher's weights."""
+    held = parameters(teacher)
+    return bind(mixer, {name: held.get(name, a) for name, a in parameters(mixer).items()})
+
+
+def test_a_window_over_everything_without_the_memory_is_the_teacher():
+    """To the bit; and so is LoLCATs, up to rounding, before anything has left the window."""
+    with jax.enable_x64(True):
+        teacher = build(dataclasses.replace(TEACHER, max_length=T, cap=2.0))
+        x, reset = inputs()
+        answer = lambda mixer: jax.jit(whole)(mixer, x, wide(mixer.init_state(B)), reset).y
+        y = answer(teacher)
+        near = {"window": T, "window_share": 1.0}
+        for name, fields in {"liger": near, "lolcats": {"window": T}}.items():
+            student = taught(build(PRESETS[name](teacher.config, **fields)), teacher)
+            got = answer(student)
+            assert_close(got, y)
+            assert name != "liger" or (got == y).all()
+
+
+@pytest.mark.parametrize("length", [1, W - 1, T])
+def test_the_largest_score_is_that_of_all_that_a_query_sees(length):
+    """Keys before these are seen where the document began with them."""
+    r = np.random.default_rng(0)
+    q, keys = r.normal(size=(B, length, H, K)), r.normal(size=(B, W + length, G, K))
+    position = positions(jnp.asarray(inputs()[1][:, :length]), jnp.array([3, 40], jnp.int32))
+    options = {"scale": 0.7, "cap": 2.0}
+    expected = np.zeros((B, length, H))
+    for b, t, h in np.ndindex(expected.shape):
+        first = W + t - min(W - 1, int(position[b, t]))
+        seen = keys[b, first : W + t + 1, h // (H // G)] @ q[b, t, h]
+        expected[b, t, h] = (2 * np.tanh(0.7 * seen / 2)).max()
+    with jax.enable_x64(True):
+        q, keys = jnp.asarray(q), jnp.asarray(keys)
+        assert_close(largest_score(q, keys[:, W:], keys[:, :W], position, **options), expected)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_projections_of_its_teacher(name):
+    teacher = attention.Config(
+        heads=8,
+        kv_heads=2,
+        head_dim=6,
+        qk_norm=norm.Config("layer"),
+        qk_norm_over="width",
+        qkv_bias=True,
+        out_bias=True,
+        gate=True,
+        out_norm=norm.Config(),
+    )
+    shapes = lambda config: {
+        name: a.shape
+        for name, a in parameters(jax.eval_shape(lambda: config.build(D, rngs=nnx.Rngs(0)))).items()
+    }
+    assert shapes(teacher).items() <= shapes(PRESETS[name](teacher)).items()
+
+
+def test_what_heads_say_becomes_the_output_through_the_last_weights():
+    """Also with a gate and a norm behind it, for the teacher and for what takes its place."""
+    teacher = dataclasses.replace(TEACHER, gate=True, out_norm=norm.Config(), max_length=T)
+    x, reset = inputs()
+    with jax.enable_x64(True):
+        for config in (teacher, PRESETS["t2r"](teacher)):
+            mixer = build(config)
+            args = x, wide(mixer.init_state(B)), jnp.asarray(reset)
+            (heads, state), (y, after) = jax.jit(lambda *a: (mixer.attend(*a), mixer.mix(*a)))(
+                *args
+            )
+            assert heads.shape == (B, T, H * K)
+            gated = heads * sigmoid(x @ f8(mixer.gate.weight) + f8(mixer.gate.bias))
+            gated /= np.sqrt((gated**2).mean(-1, keepdims=True) + 1e-6)
+            assert_close(y, gated * f8(mixer.out_norm.weight) @ f8(mixer.out.weight))
+            assert_close(state, after)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heads": 4, "kv_heads": 3}, "heads=4 is not divisible by kv_heads=3"),
+        ({"window": None, "sinks": 1}, "need a window"),
+        ({"window": None, "overlap": False}, "need a window"),
+        ({"mix": "joint"}, 'memory.norm="own"'),
+        ({"overlap": False}, 'memory.rope="before"'),
+        ({"window_share": 1.5}, "window_share = 1.5 is wrong"),
+        ({"memory": {"decay_width": 3}}, "decay_width=3 does not divide the 8 channels"),
+        ({"memory": {"decay_width": 2}}, "set decay_width to 1 or 8"),
+        ({"memory": {"write": "forgotten", "norm": "own"}}, 'other than "own"'),
+        ({"memory": {"write": "slots", "decay": "token"}}, 'needs decay="key"'),
+        ({"memory": {"rope": "after", "feature_map": {"kind": "dpfp"}}}, "cannot turn"),
+        ({"memory": {"norm": "own", "feature_map": {"kind": "identity"}}}, "may sum to zero"),
+        (
+            {"kv_heads": 2, "memory": {"map_over": "width", "tie_feature_map": True}},
+            "keys of 2 heads cannot share the map",
+        ),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_in_one_sentence(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        mixer_config("hybrid_attention", **fields).build(32, rngs=nnx.Rngs(0))

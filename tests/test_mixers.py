@@ -8,7 +8,7 @@ from seqlab import settings
 from seqlab.conformance.suite import PROPERTIES, examine, title
 from seqlab.conformance.trial import Trial
 from seqlab.errors import ConfigError
-from seqlab.layers import feature_maps, ffn, norm
+from seqlab.layers import feature_maps, feature_memory, ffn, norm
 from seqlab.layers.registry import mixer_config, own_mixers
 
 SHARDED = "sharded equals one device"  # slow to compile: variants that shard alike leave it out
@@ -25,6 +25,26 @@ VARIANTS = {
     ],
     "kda": [{"gate_bias": True, "lowest_decay": -5.0, "negative_eigenvalues": True}],
     "gla": [{"heads": 2, "conv_width": 0, "log_decay_min": -0.04, "gate": False, "chunk_size": 32}],
+    "hybrid_attention": [
+        {
+            "kv_heads": 2,
+            "window": 5,
+            "sink_logits": 2,
+            "cap": 3.0,
+            "overlap": False,
+            "mix": "joint",
+            "memory": feature_memory.Config(
+                feature_maps.Config("hedgehog", per_head=True),
+                rope="before",
+                decay="none",
+                norm="own",
+            ),
+        },
+        {
+            "kv_heads": 2,
+            "memory": feature_memory.Config(decay_width=4, write="slots", norm="groupnorm"),
+        },
+    ],
     "linear_attention": [
         {
             "kv_heads": 2,
@@ -153,6 +173,7 @@ def test_mixer_has_the_property(case, prove):
         ("gru", "heads"),
         ("elman", "heads"),
         ("attention", "heads kv_heads head_dim window max_length rope_base"),
+        ("hybrid_attention", "heads kv_heads window sinks sink_logits window_share rope_base cap"),
         ("learned_positions", "max_length std"),
         ("titans_lmm", "heads depth expand conv_width max_inner_lr norm_eps chunk_size"),
         ("titans_mac", "heads persistent rope_base norm_eps"),

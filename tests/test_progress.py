@@ -176,3 +176,14 @@ def test_numbers_read_well():
         "3h 20m",
         "2d 4h",
     ]
+
+
+def test_a_run_with_a_name_and_a_loss_that_is_no_text_says_so():
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    with Progress(2, 0, console, name="1-layer", now=Clock()) as progress:
+        progress.update({name: value for name, value in row(1).items() if name != "bits_per_byte"})
+    assert out.getvalue().splitlines() == [
+        "1-layer  compiling ...",
+        "1-layer  step 1/2  loss 2.0000  12.3k tokens/s  data wait 3%  ETA -  elapsed 0:00",
+    ]

@@ -67,7 +67,7 @@ class Config:
     tie_feature_map: bool = False
     rope: Literal["none", "before", "after"] = "none"
     scale: bool = False
-    decay: Literal["none", "key", "token", "fixed"] = "none"
+    decay: Literal["none", "key", "token", "fixed"] = "key"
     decay_form: Literal["sigmoid", "softplus", "exp"] = "sigmoid"
     decay_power: PositiveFinite = 1.0
     decay_width: PositiveInt | None = None

@@ -8,6 +8,7 @@ from jax.core import Tracer
 
 from seqlab.errors import ModelError
 from seqlab.kernels.attention import attention_with_lse
+from seqlab.parallel.halo import with_halo
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -92,6 +93,18 @@ class Ring(NamedTuple):
 
         return jax.tree.map(update, old, new)
 
+    def before(self, old: Any, start: jax.Array, few: int | None = None) -> Any:
+        """The `window` tokens before the next, or the first few of them, in order [B, few, ...];
+        anything where there are none, or they are sinks.
+
+        old: arrays [B, slots, ...] as `keep` has them, or trees of them; start [B].
+        """
+        fixed, ring = self._parts
+        place = start[:, None] - ring + jnp.arange(few or ring, dtype=jnp.int32)
+        slot = fixed + (place - fixed) % ring
+        pick = lambda a: jnp.take_along_axis(a, slot[(..., *(None,) * (a.ndim - 2))], 1)
+        return jax.tree.map(pick, old)
+
     def leaving(self, old: Any, new: Any, start: jax.Array, position: jax.Array) -> tuple:
         """The token that each of T tokens takes the slot from, [B, T, ...], and whether there is
         one, [B, T]: nothing sees it from then on.
@@ -99,14 +112,10 @@ class Ring(NamedTuple):
         old, new: as `keep` has them; start [B], position [B, T]: as `places` has them.
         """
         fixed, ring = self._parts
-        before = start[:, None] - ring + jnp.arange(min(ring, position.shape[1]), dtype=jnp.int32)
-        slot = fixed + (before - fixed) % ring
-
-        def shifted(old, new):
-            old = jnp.take_along_axis(old, slot[(..., *(None,) * (old.ndim - 2))], 1)
-            return jnp.concatenate([old.astype(new.dtype), new], 1)[:, : new.shape[1]]
-
-        return jax.tree.map(shifted, old, new), position >= fixed + ring
+        last = lambda new: new[:, -ring:]
+        later = lambda new, old: with_halo(_later, last, ring, (new,), old.astype(new.dtype))[0]
+        old = self.before(old, start, min(ring, position.shape[1]))
+        return jax.tree.map(later, new, old), position >= fixed + ring
 
     def refuse_overflow(self, position: jax.Array) -> None:
         """Raises ModelError if it can be known that positions [B, T] do not fit."""
@@ -130,3 +139,9 @@ def refuse_overflow(position: jax.Array, limit: int, holder: str, instead: str =
             f"{holder} with max_length={limit} cannot hold {length} tokens: shorten the document, "
             f"or give the config a larger max_length{instead}."
         )
+
+
+def _later(new: jax.Array, before: jax.Array) -> Pair:
+    """[B, T, ...] behind the few tokens `before`, of which the last fall out, and these."""
+    both, T = jnp.concatenate([before, new], 1), new.shape[1]
+    return both[:, :T], both[:, T:]

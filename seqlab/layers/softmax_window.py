@@ -4,13 +4,9 @@ stand beside those of its tokens, and the largest of them."""
 import jax
 import jax.numpy as jnp
 
-from seqlab.kernels.precision import widen
+from seqlab.kernels.precision import dot, widen
 from seqlab.kernels.soft_cap import soft_cap
-from seqlab.layers.ring import Ring
-
-#: Multiplies scores until a softmax of them is a choice: in float32 two scores of about 10 that
-#: differ at all are then 100 apart.
-SHARP = 1e8
+from seqlab.parallel.halo import with_halo
 
 
 def with_logits(y: jax.Array, lse: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -20,16 +16,38 @@ def with_logits(y: jax.Array, lse: jax.Array, logits: jax.Array) -> tuple[jax.Ar
     return (jnp.exp(lse - more)[..., None] * widen(y)).astype(y.dtype), more
 
 
-def largest_score(ring: Ring, q, k, kept, places, *, scale, cap, implementation) -> jax.Array:
-    """The largest score of each query [B, T, H], float32 or wider; arguments as `Ring.attend` has
-    them, `kept` of keys alone.
+def largest_score(q, k, before, position, *, scale: float, cap: float | None) -> jax.Array:
+    """The largest score of each query in a window of W tokens, [B, T, H], float32 or wider.
 
-    It is the score of the key that a softmax chooses, and its gradient that of this score: the
-    choice has none. Between keys of equal scores it is divided.
+    q [B, T, H, K], k [B, T, G, K]; before [B, W, G, K], the keys before these in their order, and
+    anything where there are none; position [B, T] in the document.
+
+    All scores are in memory at once, 2 W for each query, which is about as much as the queries are.
     """
-    choice = jax.lax.stop_gradient
-    chosen = (choice(kept), kept), places
-    (nearest, _), _ = ring.attend(
-        choice(q), choice(k), k, *chosen, scale=SHARP, implementation=implementation
+    run = lambda q, k, position, before: (
+        _largest(q, k, position, before, scale, cap),
+        jnp.concatenate([before, k], 1)[:, -W:],
     )
-    return soft_cap(scale * jnp.sum(widen(q) * widen(nearest), -1), cap)
+    W, tokens = before.shape[1], (q, k, position)
+    last = lambda q, k, position: k[:, -W:]
+    return with_halo(run, last, W, tokens, before.astype(k.dtype))[0]
+
+
+def _largest(q, k, position, before, scale, cap):
+    """In blocks of C queries, which see the W keys before their block and those of the block."""
+    (B, T, H, K), (W, G) = q.shape, before.shape[1:3]
+    C = min(W, T)
+    N = -(-T // C)  # more than one only if C is W
+    q, k, position = (_filled(a, N * C) for a in (q, k, position))
+    earlier = jnp.concatenate([before, k], 1)[:, : N * W].reshape(B, N, W, G, K)
+    keys = jnp.concatenate([earlier, k.reshape(B, N, C, G, K)], 2)
+    scores = dot("bncgrk,bnsgk->bncgrs", q.reshape(B, N, C, G, H // G, K), keys)
+    apart = jnp.arange(C)[:, None] + W - jnp.arange(W + C)
+    seen = (apart >= 0) & (apart < W) & (apart <= position.reshape(B, N, C, 1))
+    scores = jnp.where(seen[:, :, :, None, None], soft_cap(scale * scores, cap), -jnp.inf)
+    return jnp.max(scores, -1).reshape(B, N * C, H)[:, :T]
+
+
+def _filled(a, length: int):
+    """[B, T, ...] -> [B, length, ...]"""
+    return jnp.pad(a, [(0, 0), (0, length - a.shape[1])] + [(0, 0)] * (a.ndim - 2))

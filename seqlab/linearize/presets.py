@@ -29,34 +29,27 @@ def swa_sink(teacher: attention.Config, **fields: Any) -> attention.Config:
 def liger(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
     """Liger (Lan et al., 2025), as gated linear attention: gates are keys, half of the answer is
     the window's."""
-    memory = Memory(decay="key", decay_power=1 / 16, chunk_size=64)
+    memory = Memory(decay_power=1 / 16, chunk_size=64)
     return _hybrid(teacher, {"memory": memory} | fields)
 
 
 def liger_hgrn2(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
     """Liger as HGRN2: what is written is what the gate forgets."""
-    memory = Memory(decay="key", write="forgotten", chunk_size=64)
+    memory = Memory(write="forgotten", chunk_size=64)
     return _hybrid(teacher, {"memory": memory} | fields)
 
 
 def liger_gsa(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
     """Liger as gated slot attention: as many slots as a head has channels."""
     plain = feature_maps.Config("identity")
-    memory = Memory(plain, decay="key", decay_power=1 / 16, write="slots", chunk_size=64)
+    memory = Memory(plain, decay_power=1 / 16, write="slots", chunk_size=64)
     return _hybrid(teacher, {"memory": memory} | fields)
 
 
 def liger_mamba2(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
     """Liger as Mamba-2, of which the paper gives the gate alone: one a head, of its mean key."""
-    memory = Memory(decay="key", decay_form="softplus", decay_width=1, chunk_size=64)
+    memory = Memory(decay_form="softplus", decay_width=1, chunk_size=64)
     return _hybrid(teacher, {"memory": memory} | fields)
-
-
-def lolcats(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
-    """LoLCATs (Zhang et al., 2024), in its form "sw": softmax in a sliding window, Hedgehog's
-    features behind it, one divisor for both."""
-    memory = Memory(_hedgehog(teacher), rope="before", norm="own", chunk_size=64)
-    return _hybrid(teacher, {"overlap": False, "mix": "joint", "memory": memory} | fields)
 
 
 def lizard(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
@@ -74,15 +67,21 @@ def lizard_rope(teacher: attention.Config, **fields: Any) -> hybrid_attention.Co
 
 
 def hedgehog(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
-    """Hedgehog (Zhang et al., 2024): the same features as LoLCATs, without a window."""
-    memory = Memory(_hedgehog(teacher), rope="before", norm="own", chunk_size=64)
+    """Hedgehog (Zhang et al., 2024): learned features and no window."""
+    memory = Memory(_hedgehog(teacher), rope="before", decay="none", norm="own", chunk_size=64)
     return _hybrid(teacher, {"window": None, "memory": memory} | fields)
+
+
+def lolcats(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
+    """LoLCATs (Zhang et al., 2024), in its form "sw": softmax in a sliding window, Hedgehog behind
+    it, one divisor for both."""
+    return hedgehog(teacher, **{"window": 64, "overlap": False, "mix": "joint"} | fields)
 
 
 def t2r(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
     """T2R (Kasai et al., 2021): relu(x W + b) of each head, without a window."""
     plain = feature_maps.Config("t2r", per_head=True)
-    memory = Memory(plain, rope="before", norm="own", chunk_size=64)
+    memory = Memory(plain, rope="before", decay="none", norm="own", chunk_size=64)
     return _hybrid(teacher, {"window": None, "memory": memory} | fields)
 
 

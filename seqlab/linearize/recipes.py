@@ -23,7 +23,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Lora:
-    """W + alpha / rank * A B beside the linear maps of mixers that `on` names (Hu et al., 2021)."""
+    """W + alpha / rank * A B beside the linear maps that `on` names (Hu et al., 2021); q, k, v and
+    out are whichever maps of a mixer have their part, if they are called otherwise there."""
 
     rank: PositiveInt = 8
     alpha: PositiveFinite = 16.0

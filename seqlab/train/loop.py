@@ -304,7 +304,7 @@ class _Run:
 
     def _start_or_resume(self) -> states.State:
         work = self.work
-        like = states.abstract(work.model, self.optimizer, self.mesh, work.names)
+        like = states.abstract(work.model, self.optimizer, self.mesh, work.trained)
         restored = self.checkpoints.latest(states.to_arrays(like))
         if restored is None:
             rows = processes.once(lambda: run_folder.set_rows_aside(self.folder))

@@ -22,6 +22,6 @@ def weights_of(path: str, like: Mapping[str, Any]) -> dict[str, jax.Array]:
         if there != here:
             raise ConfigError(
                 f"start={path}: its {name} is {there} and that of this run's model {here}: give "
-                "the model of that config, or start from another."
+                "this run the model that is there, or another start."
             )
     return found

@@ -70,8 +70,8 @@ def start(config: lm.Config, seed: int, optimizer, like: State) -> State:
 
 def start_from(arrays: Mapping[str, jax.Array], optimizer, like: State) -> State:
     """The state before the first step where weights begin as these arrays, which it copies."""
-    params = {
-        name: jax.device_put(arrays[name].astype(a.dtype), a.sharding, may_alias=False)
+    params = {  # copied last: what `device_put` spreads over devices may still be the first's own
+        name: jax.device_put(arrays[name].astype(a.dtype), a.sharding).copy()
         for name, a in like.params.items()
     }
     shardings = jax.tree.map(lambda a: a.sharding, like.optimizer)

@@ -52,10 +52,10 @@ class Config(attention_heads.Config):
         super().__post_init__()
         if self.window is None and (self.sinks or self.sink_logits or not self.overlap):
             raise ConfigError("hybrid_attention: sinks and overlap=False need a window.")
-        if self.mix == "joint" and self.memory.norm != "own":
+        if self.mix == "joint" and (self.memory.norm != "own" or self.sinks):
             raise ConfigError(
                 'hybrid_attention: mix="joint" divides by sums of weights, so the memory has to '
-                'have them: set memory.norm="own".'
+                'have them, and no sinks beside it: set memory.norm="own" and sinks=0.'
             )
         turns = "before" if self.window_rope else "none"
         alike = self.memory.rope == turns or self.rope_base is None
@@ -111,8 +111,7 @@ class HybridAttention(AttentionHeads):
         near, far = either(c.window_rope), either(c.memory.rope == "before")
         seen, kept, valid = None, (), None
         if c.window is not None:
-            places = self.ring.places(state.position, position, reset)
-            seen, kept = self._see(*near, state.kept, places)
+            seen, kept = self._see(*near, state, position, reset)
         if not c.overlap:
             left, valid = self.ring.leaving(state.kept, near[1:], state.position, position)
             far = far[0], left[0], left[1]
@@ -121,20 +120,23 @@ class HybridAttention(AttentionHeads):
         y = merge(self._mixed(seen, read)).astype(x.dtype)
         return y, State(kept, memory, position[:, -1] + 1)
 
-    def _see(self, q, k, v, kept, places):
+    def _see(self, q, k, v, state: State, position, reset):
         """((y_w, what it weighs beside the memory or None), what is kept)"""
-        c, scale = self.config, self.config.scale or self.head_dim**-0.5
-        options = {"scale": scale, "cap": c.cap, "implementation": c.implementation}
-        (y, lse), left = self.ring.attend(q, k, v, kept, places, **options)
+        c, places = self.config, self.ring.places(state.position, position, reset)
+        options = {"scale": c.scale or self.head_dim**-0.5, "cap": c.cap}
+        (y, lse), kept = self.ring.attend(
+            q, k, v, state.kept, places, implementation=c.implementation, **options
+        )
         if self.sink is not None:
             y, lse = with_logits(y, lse, self.sink[...])
         if self.window_factor is None:
-            return (y, None), left
-        top = largest_score(self.ring, q, k, kept[0], places, **options)
+            return (y, None), kept
+        before = self.ring.before(state.kept[0], state.position)
+        top = largest_score(q, k, before, position, **options)
         if self.sink is not None:
             top = jnp.maximum(top, jnp.max(self.sink[...]))
         weight = jnp.exp(jax.nn.log_sigmoid(self.window_factor[...]) + lse - top)[..., None]
-        return (y, weight), left
+        return (y, weight), kept
 
     def _mixed(self, seen, read):
         if seen is None:
