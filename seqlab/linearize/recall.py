@@ -62,10 +62,10 @@ def write(
     A document has `length` ASCII characters and one table of pairs, whose lines come round and
     round, so that all values but the first of each can be told. Between two of them are 0 to 2 g
     characters of text, g being drawn from 0 to `gap` for each document. With gap None a document is
-    one short piece over and over, text and lines: a model learns to copy from what was said before
-    in a hundredth of the time that recall takes, and recall from there on. Pieces differ in length,
-    or it would learn to look back so many tokens.
-    The file is the same for the same arguments, and stays as it is where it is there already.
+    one short piece over and over, text and lines: of almost every token a model then learns that it
+    can be copied, which it finds out sooner than recall, and needs for it. Pieces differ in length,
+    or it would learn to look back so many tokens. The file is the same for the same arguments, and
+    stays as it is where it is there already.
     """
     path = pathlib.Path(path)
     if path.exists():
