@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from seqlab.linearize.presets import PRESETS
 
 from seqlab import settings
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError, DataError
 from seqlab.layers.mixers import attention
 from seqlab.linearize import stage as stages
+from seqlab.linearize.presets import PRESETS
 from seqlab.linearize.recipes import METHODS, Lora, Stage
 from seqlab.linearize.swap import swap
 from seqlab.models import lm
