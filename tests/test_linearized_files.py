@@ -15,6 +15,7 @@ from seqlab.linearize.presets import PRESETS
 from seqlab.linearize.swap import swap
 from seqlab.models import decoder, hf_config, pretrained, tensors
 from seqlab.models.convert import convert
+from seqlab.models.families import llama as llama_family
 from seqlab.models.parameters import bind, decays, parameters
 from tests.hf_folders import CONFIG, bits, llama, write
 
@@ -158,6 +159,15 @@ def test_nobody_takes_it_for_the_model_it_was_made_of(exported):
 def test_max_length_is_that_of_the_attention_which_was_kept(exported):
     assert seqlab.load(exported[1]).max_length == 64
     assert seqlab.load(exported[1], max_length=99).max_length == 99
+
+
+def test_max_length_chooses_how_all_layers_turn_where_it_does_in_the_family(tmp_path):
+    stated = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    raw = CONFIG | {"rope_scaling": stated, "original_max_position_embeddings": 32}
+    attention = llama_family.mixer(hf_config.normalised(raw))
+    folder = seqlab.export_hf(student(raw, PRESETS["liger"](attention), keep=[0]), tmp_path / "x")
+    model = seqlab.load(folder, max_length=16)
+    assert [one.mixer.rope_scaling.max_length for one in model.config.pattern] == [16, 16]
 
 
 def test_the_student_of_a_teacher_of_ours_has_a_family_too(tmp_path):

@@ -14,6 +14,8 @@ from flax import nnx
 import seqlab
 from seqlab.errors import ConfigError, ModelError
 from seqlab.layers import ffn
+from seqlab.linearize.presets import PRESETS
+from seqlab.linearize.swap import swap
 from seqlab.models import block, decoder, hf_config, tensors
 from seqlab.models.block import Join
 from seqlab.models.families import gpt_neox, phi
@@ -70,6 +72,14 @@ def test_gpt2_may_leave_scores_unscaled_or_scale_them_by_layer(gpt2, tmp_path):
     changes = {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}
     model = seqlab.load(write(tmp_path / "scaled", config | changes, tensors.read(gpt2)))
     assert [one.mixer.scale for one in model.config.pattern] == [1.0, 1 / 2, 1 / 3]
+
+
+def test_transformers_does_not_take_a_linearized_model_for_what_it_was(gpt2, tmp_path):
+    student = swap(seqlab.load(gpt2), PRESETS["liger"], rngs=nnx.Rngs(0)).student
+    folder = seqlab.export_hf(student, tmp_path / "student")
+    assert tensors.read(folder).keys() == tensors.read(gpt2).keys()
+    with pytest.raises(ValueError, match="seqlab_linearized"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(("family", "fraction"), [(gpt_neox, 0.25), (phi, 0.5)])

@@ -10,8 +10,13 @@ from flax import nnx
 
 from seqlab.errors import ConfigError, ModelError
 from seqlab.layers import norm
+from seqlab.layers.linear import Linear
+from seqlab.layers.mixer import Mixer
 from seqlab.layers.mixers import attention
 from seqlab.layers.registry import mixer_config
+from seqlab.linearize import carry
+from seqlab.linearize.fit import fit
+from seqlab.linearize.presets import PRESETS
 from seqlab.linearize.swap import Pair, plan, swap
 from seqlab.models import decoder, layout, lm
 from seqlab.models.parameters import parameters
@@ -145,6 +150,74 @@ def test_bfloat16_stays_bfloat16_and_what_is_new_is_float32(teacher):
         assert array.dtype == (jnp.float32 if name in pair.extra else jnp.bfloat16), name
 
 
+QKV = {"qkv": "q:1 k:2 v:2", "out": "out"}
+#: Which maps of a mixer take over what, and how often each head stands: once where it is as it was.
+CARRIED = {
+    "aaren": {"k": "k:2", "v": "v:2", "out": "out"},
+    "attention": {"q": "q", "k": "k", "v": "v", "out": "out"},
+    "delta_net": QKV,
+    "gated_delta_net": QKV,
+    "gla": QKV,
+    "hgrn2": {"q": "q", "v": "v:2", "out": "out"},
+    "kda": QKV,
+    "lightning": {"qkv": " ".join(["q:1 k:2 v:2"] * 4), "out": "out"},
+    "linear_attention": {"q": "q", "k": "k", "v": "v", "out": "out"},
+    "mamba": {"u": "v:2", "out": "out"},
+    "mamba2": {"xbc": "v:2 k:2 q:1", "out": "out"},
+    "mlstm": {"q": "q", "k": "k:2", "v": "v:2", "out": "out"},
+    "retnet": QKV,
+    "rwkv6": {"r": "q", "k": "k:2", "v": "v:2", "out": "out"},
+    "rwkv7": {"r": "q", "k": "k:2", "v": "v:2", "out": "out"},
+    "s5": {},
+    "lstm": {},
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_mixer_fitted_to_the_attention_takes_over_what_it_can(teacher, name):
+    narrow = windowed(5) if name == "attention" else lambda config: config
+    carried = plan(teacher.config, lambda a: narrow(fit(name, a, 32))).carried
+    inside = {at.removeprefix("blocks.0.mixer."): source for at, source in carried.items()}
+    told = {at.removesuffix(".weight"): tell(source) for at, source in inside.items()}
+    assert told == CARRIED[name]
+    for source in inside.values():
+        assert source.axis is None or sum((p.end or 0) - p.begin for p in source.parts) % 32 == 0
+
+
+def tell(source) -> str:
+    roles = [part.name.split(".")[-2] for part in source.parts]
+    times = ["" if source.axis is None else f":{part.times}" for part in source.parts]
+    return " ".join(role + n for role, n in zip(roles, times, strict=True))
+
+
+@pytest.mark.parametrize(("width", "d_model"), [(48, 32), (4096, 3072), (1920, 2560), (29, 100)])
+def test_widths_are_those_of_the_attention_whatever_the_ratio(width, d_model):
+    wide = dataclasses.replace(ATTENTION, heads=1, kv_heads=1, head_dim=width)
+    config = fit("gla", wide, d_model)
+    assert int(d_model * config.expand_k) == int(d_model * config.expand_v) == width
+
+
+def test_what_a_mixer_shares_with_attention_is_as_it_was():
+    attention = dataclasses.replace(ATTENTION, rope_base=5e5, qkv_bias=True, scale=0.3)
+    assert fit("retnet", attention, 32).rope_base == 5e5
+    assert fit("mamba2", attention, 32).bias and not fit("mamba2", ATTENTION, 32).bias
+    assert fit("linear_attention", attention, 32).scale is False
+
+
+class Own(Mixer):
+    """A user's mixer, which says how wide its parts are, and may be wrong."""
+
+    projections = {"both": (("k", 32), ("v", 16))}
+
+    def __init__(self):
+        self.both = Linear(32, 64, ("embed", "heads"), rngs=nnx.Rngs(0))
+
+
+def test_a_mixer_that_miscounts_its_projections_is_told_so():
+    with pytest.raises(ModelError, match="own says of its both, which is 64 wide, that it is made"):
+        carry.sources(ATTENTION.build(32, rngs=nnx.Rngs(0)), Own(), "own")
+
+
 @pytest.mark.parametrize(
     ("target", "keep", "error", "says"),
     [
@@ -155,7 +228,7 @@ def test_bfloat16_stays_bfloat16_and_what_is_new_is_float32(teacher):
             (),
             ModelError,
             "mamba2 cannot take over the teacher's q of 4 heads of 8, which is 32 wide: its xbc "
-            "has 16 for it, and needs 32: give fields of mamba2 with which it has.",
+            "has 16 for it and needs 32, so give it other fields or take another mixer.",
         ),
         (
             lambda a: mixer_config("gated_delta_net", key_heads=1, value_heads=4, value_dim=8),
@@ -173,3 +246,13 @@ def test_what_cannot_be_swapped_is_said_in_a_sentence(teacher, target, keep, err
 def test_a_model_without_full_attention_has_nothing_to_swap():
     with pytest.raises(ModelError, match="no layer of full softmax attention"):
         plan(model(mixer_config("gla")).config, windowed(4))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_takes_over_all_of_the_attention_as_it_is(name):
+    attention = dataclasses.replace(ATTENTION, qk_norm=norm.Config(), qkv_bias=True)
+    teacher = lm.Config(vocab=31, d_model=32, pattern=(attention,), repeats=2)
+    made = plan(teacher, PRESETS[name])
+    assert all(source.axis is None for source in made.carried.values())
+    old, new = (parameters(config.skeleton()) for config in (made.teacher, made.student))
+    assert made.left == frozenset() and made.extra == new.keys() - old.keys()

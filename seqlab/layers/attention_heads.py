@@ -17,7 +17,7 @@ from seqlab.kernels.precision import widen
 from seqlab.layers import norm as norms
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
-from seqlab.layers.rope import Scaling, rope
+from seqlab.layers.rope import Scaling, frequencies, rope
 from seqlab.settings import STRICT, PositiveFinite
 
 
@@ -61,11 +61,13 @@ class Config:
                 "head_dim."
             )
         width = self.head_dim or d_model // self.heads
-        if self.rope_base is not None and int(width * self.rope_fraction) % 2:
+        turned = int(width * self.rope_fraction)
+        if self.rope_base is not None and turned % 2:
             raise ConfigError(
-                "attention: rope needs an even head_dim, not "
-                f"{int(width * self.rope_fraction)}; or rope_base=None."
+                f"attention: rope needs an even head_dim, not {turned}; or rope_base=None."
             )
+        if self.rope_base is not None:
+            frequencies(turned, self.rope_base, self.rope_scaling)  # refuses what does not fit
         return width
 
 

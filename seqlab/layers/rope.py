@@ -1,7 +1,8 @@
 """Positions within documents, and rotary position embedding (Su et al., 2021, RoFormer, eq. 34).
 
 The ways to stretch a trained rotation over longer texts: linear (Chen et al., 2023), Llama 3.1's
-(Grattafiori et al., 2024), and YaRN (Peng et al., 2023, section 3.2 and eq. 21-22).
+(Grattafiori et al., 2024), YaRN (Peng et al., 2023, section 3.2 and eq. 21-22), and LongRoPE (Ding
+et al., 2024).
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from seqlab.errors import ConfigError
 from seqlab.kernels.precision import widen
 from seqlab.settings import STRICT, PositiveFinite
 
@@ -76,8 +78,38 @@ class Yarn:
         return half * math.log(self.length / (times * 2 * math.pi)) / math.log(base)
 
 
-#: A rotation's stretching as a field of a config, told apart by `kind` in JSON.
-Scaling = Annotated[Linear | Llama3 | Yarn, Field(discriminator="kind")]
+@dataclass(frozen=True, config=STRICT)
+class LongRope:
+    """Every frequency divided by a factor of its own, found by search; queries and keys multiplied
+    by `gain`.
+
+    The factors are those of `long` if texts may have more tokens than the model was trained with,
+    `max_length` rather than `length`, else those of `short`. They stay the same while a text grows:
+    the keys that a state keeps have been turned by them.
+    """
+
+    short: tuple[PositiveFinite, ...]
+    long: tuple[PositiveFinite, ...]
+    length: PositiveInt
+    max_length: PositiveInt
+    gain: PositiveFinite = 1.0
+    kind: Literal["longrope"] = "longrope"
+
+    def stretch(self, frequency: np.ndarray, base: float) -> np.ndarray:
+        factors = self.long if self.max_length > self.length else self.short
+        if len(factors) != len(frequency):
+            raise ConfigError(
+                f"rope_scaling: longrope has {len(factors)} factors for {len(frequency)} "
+                "frequencies: give one for each pair of channels that turns."
+            )
+        return frequency / np.array(factors)
+
+
+#: The ways to stretch a rotation.
+Stretched = Linear | Llama3 | Yarn | LongRope
+
+#: One of them as a field of a config, told apart by `kind` in JSON.
+Scaling = Annotated[Stretched, Field(discriminator="kind")]
 
 
 def positions(reset: jax.Array, start: jax.Array) -> jax.Array:
@@ -91,13 +123,21 @@ def positions(reset: jax.Array, start: jax.Array) -> jax.Array:
     return t - began
 
 
+def frequencies(channels: int, base: float, scaling: Stretched | None = None) -> np.ndarray:
+    """What each pair of `channels` turns by from a token to the next, in radians: [channels / 2].
+
+    Raises ConfigError where the scaling is for another number of channels."""
+    frequency = base ** (-np.arange(channels // 2) / (channels // 2))
+    return frequency if scaling is None else scaling.stretch(frequency, base)
+
+
 def rope(
     x: jax.Array,
     positions: jax.Array,
     base: float,
     *,
     channels: int | None = None,
-    scaling: Linear | Llama3 | Yarn | None = None,
+    scaling: Stretched | None = None,
 ) -> jax.Array:
     """Rotate channel pairs (i, i + R/2) by position * base^(-2i/R); scores then see distances only.
 
@@ -106,10 +146,9 @@ def rope(
     as in Llama's weights, not with their neighbours.
     """
     wide, rotated = widen(x), x.shape[-1] if channels is None else channels
-    frequency = base ** (-np.arange(rotated // 2) / (rotated // 2))
+    frequency = jnp.asarray(frequencies(rotated, base, scaling), wide.dtype)
     gain = 1.0 if scaling is None else scaling.gain
-    frequency = frequency if scaling is None else scaling.stretch(frequency, base)
-    angle = positions[..., None, None].astype(wide.dtype) * jnp.asarray(frequency, wide.dtype)
+    angle = positions[..., None, None].astype(wide.dtype) * frequency
     cos, sin = jnp.cos(angle) * gain, jnp.sin(angle) * gain  # [B, T, 1, R / 2]
     a, b, rest = jnp.split(wide, [rotated // 2, rotated], -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)

@@ -1,1 +1,1 @@
-"""Turning a pretrained transformer into a recurrent model: the top floor, not furnished yet."""
+"""Turning a pretrained transformer into a model with a state of constant size."""

@@ -96,7 +96,8 @@ def _maps(new: Mixer, name: str) -> dict[str, tuple[tuple[str, int], ...]]:
                 f"{name} says of its {at}, which is {size} wide, that it is made of {maps[at]}: "
                 "mend its projections."
             )
-    return maps
+    read = any("v" in dict(parts) for parts in maps.values())  # out reads values, and no others
+    return {at: parts for at, parts in maps.items() if read or "out" not in dict(parts)}
 
 
 def _times(old: Any, maps: Mapping, role: str, name: str) -> int:
@@ -111,8 +112,8 @@ def _times(old: Any, maps: Mapping, role: str, name: str) -> int:
     needed = f"{held * K}, or {old.config.heads * K}" if role in ("k", "v") else f"{held * K}"
     raise ModelError(
         f"{name} cannot take over the teacher's {role} of {held} heads of {K}, which is "
-        f"{held * K} wide: its {mine[0]} has {wide} for it, and needs {needed}: give fields of "
-        f"{name} with which it has."
+        f"{held * K} wide: its {mine[0]} has {wide} for it and needs {needed}, so give it other "
+        "fields or take another mixer."
     )
 
 

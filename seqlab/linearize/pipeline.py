@@ -81,9 +81,9 @@ class _Run:
     def go(self, to: pathlib.Path | None) -> None:
         r, out = self.request, self.record.folder
         self._check(to)
-        teacher = store.load(r.teacher, max_length=r.max_length)
+        lying = lambda config: plan(config, **_arguments(r, config)).teacher  # as the swap needs it
+        teacher = store.load(r.teacher, max_length=r.max_length, layout=lying)
         pair = swap(teacher, **_arguments(r, teacher.config), rngs=nnx.Rngs(r.seed))
-        del teacher  # where it lies otherwise than the pair's, its weights are held twice till now
         data = _data(r, pair.teacher)
         judge = Judge(held_out_batches(data, self.tokenizer), self.mesh, self._recall)
         self._figures(TEACHER, lambda: judge.teacher(pair.teacher))

@@ -59,8 +59,9 @@ def swap(teacher: lm.LM, target: Target, *, keep: Collection[int] = (), rngs: nn
 
     Layers with a window of their own, layers without attention, and those in `keep` stay as they
     are. New weights start as their mixer has it, on the devices of the ambient mesh. Where the
-    teacher stacks layers that are now to differ, it is laid out anew, which holds these weights
-    twice until the given model is let go; `store.load(path, layout=plan...)` avoids that.
+    teacher stacks layers that are now to differ, it is laid out anew, and its layers are held twice
+    until the given model is let go; one that was loaded with
+    `layout=lambda config: plan(config, target, keep=keep).teacher` lies right already.
 
     Raises what `plan` does.
     """

@@ -7,6 +7,7 @@ from typing import Any
 from seqlab import settings
 from seqlab.errors import ConfigError, nearest
 from seqlab.layers import registry
+from seqlab.linearize.fit import fit
 from seqlab.linearize.presets import PRESETS
 
 
@@ -26,23 +27,7 @@ def known(word: str) -> str:
 def target(name: str, fields: Sequence[str], d_model: int) -> Callable[[Any], Any]:
     """From the config of an attention, all its sizes in it, to that of what takes its place.
 
-    fields  `name=value`, over what the preset has or what `like` gives
+    fields  `name=value`, over what the preset has or what `fit` gives
     """
-    make = PRESETS.get(name) or (lambda attention: like(attention, name, d_model))
+    make = PRESETS.get(name) or (lambda attention: fit(name, attention, d_model))
     return lambda attention: settings.override(make(attention), fields, name)
-
-
-def like(attention: Any, name: str, d_model: int) -> Any:
-    """The config of a mixer with as many heads as an attention, as wide: whatever it calls them."""
-    default = registry.mixer_config(name)
-    if type(default) is type(attention):
-        return attention
-    H, K = attention.heads, attention.head_dim
-    wide = H * K / d_model
-    sizes = {
-        **dict.fromkeys(("heads", "key_heads", "value_heads", "groups"), H),
-        **dict.fromkeys(("head_dim", "key_dim", "value_dim", "d_state"), K),
-        **dict.fromkeys(("expand", "expand_k", "expand_v"), wide),
-    }
-    has = settings.plain(default)
-    return registry.mixer_config(name, **{n: size for n, size in sizes.items() if n in has})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from seqlab.errors import CheckpointError, ModelError
-from seqlab.layers.rope import Linear, Llama3, Yarn
+from seqlab.layers.rope import Linear, Llama3, LongRope, Yarn
 
 CONFIG = "config.json"
 LONGEST = 4096  # tokens that full attention holds unless it is told otherwise
@@ -17,13 +17,21 @@ class Fields(dict):
     """The fields of a model that reads text; to ask for one that is absent is a ModelError.
 
     Today's names hold, those of transformers 5: `dtype`, and `rope_parameters` as `rope()` reads
-    it. A multimodal model's `text_config` is taken out. `max_length` is what the caller asked for.
+    it. A multimodal model's `text_config` is taken out. `max_length` is what the caller asked for,
+    and `nulls` are the fields that the file has as null, which are as absent.
     """
 
     max_length: int | None = None
+    nulls: frozenset[str] = frozenset()
 
     def __missing__(self, name: str):
         raise ModelError(f"{CONFIG} lacks {name!r}, which this family needs: get the whole file.")
+
+    def over(self, defaults: dict[str, Any]) -> "Fields":
+        """These fields, over what the file leaves open; its nulls stay absent."""
+        full = Fields({n: v for n, v in defaults.items() if n not in self.nulls} | self)
+        full.max_length, full.nulls = self.max_length, self.nulls
+        return full
 
     @property
     def longest(self) -> int:
@@ -36,6 +44,7 @@ class Fields(dict):
         found = self.get("rope_parameters") or {}
         found = found.get(layer_type, found)
         kind = found.get("rope_type") or found.get("type") or "default"
+        kind = "longrope" if "long_factor" in found else kind  # also called su, and once yarn
         if kind not in _SCALINGS:
             raise ModelError(
                 f"{CONFIG} asks for the rotary embedding {kind!r}, and those known are "
@@ -82,7 +91,9 @@ def normalised(raw: dict[str, Any]) -> Fields:
         "rope_theta": fields.get("rope_theta", fields.get("rotary_emb_base")),
         "partial_rotary_factor": fields.get("partial_rotary_factor", fields.get("rotary_pct")),
     }
-    return Fields(fields | {"rope_parameters": older | stated})
+    full = Fields(fields | {"rope_parameters": older | stated})
+    full.nulls = frozenset(raw.keys() - fields.keys())
+    return full
 
 
 #: Fields that say by another name what one of today's says: older ones, and those of GPT-2.
@@ -136,6 +147,19 @@ def _yarn(rope: dict, fields: Fields) -> Yarn:
     )
 
 
+def _longrope(rope: dict, fields: Fields) -> LongRope:
+    length = _trained(rope, fields)
+    factor = rope.get("factor") or fields["max_position_embeddings"] / length
+    gain = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+    return LongRope(
+        short=tuple(rope["short_factor"]),
+        long=tuple(rope["long_factor"]),
+        length=length,
+        max_length=fields.longest,
+        gain=rope.get("attention_factor") or gain,
+    )
+
+
 def _trained(rope: dict, fields: Fields) -> int:
     """Tokens of the texts that the model was trained with before they were stretched."""
     stated = rope.get("original_max_position_embeddings")
@@ -149,4 +173,5 @@ _SCALINGS = {
     "linear": lambda rope, fields: Linear(factor=rope["factor"]),
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }

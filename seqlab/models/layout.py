@@ -5,6 +5,7 @@ are to become something else, their stack has to be taken apart.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 
 import jax
@@ -106,5 +107,12 @@ def _stacked(parts: list[tuple[jax.Array, int | None]], stack: bool, axes) -> ja
         a is b and r == s for (a, r), (b, s) in zip(parts, every, strict=True)
     ):
         return array
-    cut = [a if r is None else a[r] for a, r in parts]
-    return placed(jnp.stack(cut) if stack else cut[0], axes)
+    arrays, repeats = zip(*parts, strict=True)
+    return placed(_cut(arrays, repeats, stack), axes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _cut(arrays, repeats, stack: bool) -> jax.Array:
+    """Slices of arrays, stacked or alone; compiled, so that the slices are never arrays."""
+    cut = [a if r is None else a[r] for a, r in zip(arrays, repeats, strict=True)]
+    return jnp.stack(cut) if stack else cut[0]

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from pydantic import BeforeValidator, PlainSerializer
 from pydantic.dataclasses import dataclass
@@ -12,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from seqlab.errors import ConfigError
 from seqlab.kernels.kept import KEPT
 from seqlab.kernels.precision import widen
+from seqlab.kernels.soft_cap import soft_cap
 from seqlab.layers import auxiliary, linear_kinds
 from seqlab.layers import ffn as channel_mixer
 from seqlab.layers import norm as norms
@@ -55,9 +57,10 @@ class Config:
     `linear` is the kind of linear map that every projection of every block is, whatever layer it is
     in (see `linear_kinds`): "dense", or "bit" for weights -1, 0, 1 and eight-bit activations.
 
-    Embeddings are multiplied by `embed_scale`, then normed if `embed_norm` says how; logits are
-    multiplied by `logit_scale`, then bent below `logit_cap` by a tanh if there is one. `head_bias`
-    adds a bias to them, in a head that is not tied.
+    Embeddings are multiplied by `embed_scale`, where "root" is the root of d_model, rounded as they
+    are (Gemma); then normed if `embed_norm` says how. Logits are multiplied by `logit_scale`, then
+    bent below `logit_cap` by a tanh if there is one. `head_bias` adds a bias to them, in a head
+    that is not tied.
 
     `published` is the config.json of the published checkpoint that the model was read from, and
     that it is exported as.
@@ -83,7 +86,7 @@ class Config:
     join: Join = Join()
     norm: norms.Config = norms.Config()
     linear: LinearConfig = linear_kinds.Dense()
-    embed_scale: PositiveFinite = 1.0
+    embed_scale: PositiveFinite | Literal["root"] = 1.0
     embed_norm: norms.Config | None = None
     logit_scale: PositiveFinite = 1.0
     logit_cap: PositiveFinite | None = None
@@ -199,8 +202,11 @@ class LM(nnx.Module):
         return self.norm(x), (*before, *middle, *after)
 
     def _embed(self, tokens):
-        x = self.embed.weight[...][tokens].astype(self.dtype)
-        x = x if self.config.embed_scale == 1.0 else x * self.config.embed_scale
+        weight, scale = self.embed.weight[...], self.config.embed_scale
+        x = weight[tokens].astype(self.dtype)
+        if scale == "root":
+            scale = float(np.asarray(self.config.d_model**0.5, weight.dtype))
+        x = x if scale == 1.0 else x * scale
         x = x if self.embed_norm is None else self.embed_norm(x)
         return constrain(x, DATA, SEQ, None)
 
@@ -223,7 +229,7 @@ class LM(nnx.Module):
             bias = None if self.head is None else self.head.bias
             logits = logits if bias is None else logits + bias[...]
         logits = logits if c.logit_scale == 1.0 else logits * c.logit_scale
-        return logits if c.logit_cap is None else c.logit_cap * jnp.tanh(logits / c.logit_cap)
+        return soft_cap(logits, c.logit_cap)
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -20,6 +20,7 @@ from seqlab import settings
 from seqlab.errors import ModelError, SeqlabError
 from seqlab.models import decoder, hf_config, lm, tensors, translate
 from seqlab.models import families as package
+from seqlab.models.layout import Layout
 from seqlab.models.parameters import bind
 
 #: Prefixes of the text model in multimodal files, and what they are in a text model's own.
@@ -46,16 +47,20 @@ def model_types() -> dict[str, ModuleType]:
     return {kind: module for module in modules for kind in module.MODEL_TYPES}
 
 
-def load(path: str | os.PathLike, *, max_length: int | None = None) -> lm.LM:
+def load(
+    path: str | os.PathLike, *, max_length: int | None = None, layout: Layout | None = None
+) -> lm.LM:
     """The model in a published folder.
 
     Matrices keep the dtype they are stored in; norms, biases and the like become float32, which
     changes no value. Weights go where the ambient mesh says, else to the first device.
     max_length: tokens of a document that full attention holds; by default what the model was
-    trained for, but 4096 at most. Raises ModelError or CheckpointError.
+    trained for, but 4096 at most. layout: how the layers are to lie over depth; by default in as
+    few stacks as can be. Raises ModelError or CheckpointError.
     """
     path = pathlib.Path(path)
     family, config, held = described(path, max_length)
+    config = config if layout is None else layout(config)
     skeleton = config.skeleton()
     ignored = getattr(family, "IGNORED", ())
     return bind(skeleton, translate.imported(path, skeleton, family.rules(config), held, ignored))

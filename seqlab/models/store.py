@@ -21,14 +21,16 @@ import safetensors.flax
 
 from seqlab import settings
 from seqlab.errors import CheckpointError, ModelError
-from seqlab.models import artifacts, lm, pretrained, published_tokenizer, trits
+from seqlab.models import artifacts, lm, pretrained, published_tokenizer, tensors, trits
 from seqlab.models import tokenizer as tokenizers
 from seqlab.models.arrays import read_arrays, read_contents, steps
 from seqlab.models.artifacts import MANIFEST
-from seqlab.models.parameters import bind, parameters
+from seqlab.models.layout import Layout, restacked
+from seqlab.models.parameters import axes, bind, parameters
 from seqlab.models.published_tokenizer import FILES as TOKENIZER_FILES
 from seqlab.models.published_tokenizer import TOKENIZER
 from seqlab.models.tokenizer import Tokenizer
+from seqlab.parallel.mesh import placed, weight_sharding
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -74,6 +76,7 @@ def load(
     path: str | os.PathLike,
     *,
     max_length: int | None = None,
+    layout: Layout | None = None,
     on_warning: Callable[[str], object] = warnings.warn,
 ) -> lm.LM:
     """The model in a saved folder, in the newest good checkpoint of a run folder, or in a published
@@ -81,20 +84,23 @@ def load(
 
     max_length is for a published model: the tokens of a document that its full attention holds; by
     default what it was trained for, but 4096 at most. A model of ours says so in its own config.
+    layout: how the layers are to lie over depth (see `models.layout`), by default as they were
+    saved; memory holds no more than one weight of all layers twice. Weights go where the ambient
+    mesh says, else to the first device.
 
     Raises ModelError where the folder is no model, CheckpointError where it is damaged; a damaged
     checkpoint with a good one before it is passed over with a warning.
     """
     path = home(path)
     if pretrained.is_published(path):
-        return pretrained.load(path, max_length=max_length)
+        return pretrained.load(path, max_length=max_length, layout=layout)
     _refuse(path, max_length)
     if (path / "checkpoints").is_dir():
         config = _config(path)
-        skeleton = config.skeleton()
+        wanted = config if layout is None else layout(config)
         step = _newest(path / "checkpoints", on_warning)
         _same_model(path, step, config)
-        return bind(skeleton, _read_step(step, parameters(skeleton)))
+        return _lying(_read_step(step, config.skeleton()), config, wanted)
     _see(path)
     artifacts.refuse_pickles(path)
     if not (path / WEIGHTS).is_file():
@@ -102,8 +108,18 @@ def load(
             f"{path} has no {WEIGHTS} and no checkpoints: train or save a model first."
         )
     artifacts.verify(path)
-    skeleton = _config(path).skeleton()
-    return bind(skeleton, _weights(path / WEIGHTS, parameters(skeleton)))
+    config = _config(path)
+    wanted = config if layout is None else layout(config)
+    return _lying(_weights(path / WEIGHTS, config.skeleton()), config, wanted)
+
+
+def _lying(arrays: dict[str, jax.Array], config: lm.Config, wanted: lm.Config) -> lm.LM:
+    """The model of these arrays, which lie as in `config`, as in `wanted`."""
+    model = bind(config.skeleton(), arrays)
+    if wanted == config:
+        return model
+    del model
+    return bind(wanted.skeleton(), restacked(arrays, config, wanted))
 
 
 def load_config(path: str | os.PathLike, *, max_length: int | None = None) -> lm.Config:
@@ -249,20 +265,26 @@ def _same_model(path: pathlib.Path, step: pathlib.Path, config: lm.Config) -> No
         )
 
 
-def _read_step(step: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _read_step(step: pathlib.Path, skeleton: lm.LM) -> dict[str, jax.Array]:
+    mesh, named = jax.sharding.get_mesh(), axes(skeleton)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    named = {
-        f"{PARAMS}{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
-        for name, a in like.items()
+    place = lambda name, a: here if mesh.empty else weight_sharding(a.shape, named[name], mesh)
+    like = {
+        f"{PARAMS}{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(name, a))
+        for name, a in parameters(skeleton).items()
     }
-    arrays = read_arrays(step, named, only=PARAMS.rstrip("/"))
+    arrays = read_arrays(step, like, only=PARAMS.rstrip("/"))
     return {name.removeprefix(PARAMS): array for name, array in arrays.items()}
 
 
-def _weights(path: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _weights(path: pathlib.Path, skeleton: lm.LM) -> dict[str, jax.Array]:
     """The arrays of a file as they are stored, float32 or narrower; `bind` compares the names."""
+    like, named = parameters(skeleton), axes(skeleton)
+    alone = jax.sharding.get_mesh().empty
+    read: Callable[..., dict] = safetensors.flax.load_file
+    read = read if alone else lambda path: dict(tensors.mapped(path))
     try:
-        arrays = trits.restored(safetensors.flax.load_file(path), like, path)
+        arrays = trits.restored(read(path), like, path)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is not readable ({error}): restore the file.") from None
     for name in sorted(arrays.keys() & like.keys()):
@@ -273,4 +295,5 @@ def _weights(path: pathlib.Path, like: Mapping[str, jax.Array]) -> dict[str, jax
                 f"{path}: {name} is {array.dtype}{list(array.shape)} and "
                 f"{wanted.dtype}{list(wanted.shape)} in its config: they are of two models."
             )
+        arrays[name] = array if alone else placed(np.array(array), named[name])
     return arrays

@@ -148,7 +148,7 @@ def weight_shardings(
     return {name: weight_sharding(shape, axes[name], mesh) for name, shape in shapes.items()}
 
 
-def placed(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+def placed(array: Any, axes: tuple[str | None, ...]) -> jax.Array:
     """A weight with these logical axes where it goes on the ambient mesh; outside one, and while it
     is traced, as it is."""
     if isinstance(array, jax.core.Tracer):

@@ -158,14 +158,19 @@ def _own(name: str) -> Rule:
 
 
 def _with_room(config: lm.Config, max_length: int) -> lm.Config:
-    """The same with this `max_length` of all softmax attention without a window."""
+    """The same with this `max_length` of softmax attention without a window, and of rotations that
+    depend on it."""
 
     def longer(entry: BlockConfig) -> BlockConfig:
-        one = config.block(entry)
+        one, changes = config.block(entry), {}
         mixer: Any = one.mixer
-        if getattr(mixer, "max_length", None) is None or getattr(mixer, "window", 0) is not None:
-            return entry
-        return dataclasses.replace(one, mixer=dataclasses.replace(mixer, max_length=max_length))
+        scaling: Any = getattr(mixer, "rope_scaling", None)
+        if getattr(mixer, "max_length", None) and getattr(mixer, "window", 0) is None:
+            changes["max_length"] = max_length
+        if getattr(scaling, "max_length", None):
+            changes["rope_scaling"] = dataclasses.replace(scaling, max_length=max_length)
+        mixer = dataclasses.replace(mixer, **changes) if changes else mixer
+        return dataclasses.replace(one, mixer=mixer)
 
     lies = ("before", "pattern", "after")
     return dataclasses.replace(config, **{n: tuple(map(longer, getattr(config, n))) for n in lies})
