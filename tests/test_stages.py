@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from flax import nnx
 from seqlab import settings
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError, DataError
-from seqlab.layers.mixers import attention
+from seqlab.layers.mixers import attention, gated_delta_net
 from seqlab.linearize import stage as stages
 from seqlab.linearize.presets import PRESETS
 from seqlab.linearize.recipes import METHODS, Lora, Stage
@@ -135,6 +136,15 @@ def test_a_second_stage_trains_adapters_and_merges_them(run, whole, tmp_path):
     assert changed == {f"blocks.0.mixer.{n}.weight" for n in "qkv"}
     assert losses(tmp_path / "2-ce")[-1] < losses(tmp_path / "2-ce")[0]
     assert "bits_per_byte" in rows(tmp_path / "2-ce")[0]
+
+
+def test_adapters_stand_beside_whichever_maps_have_the_part_that_is_named():
+    pattern = (gated_delta_net.Config(), attention.Config())
+    config = lm.Config(vocab=257, d_model=32, pattern=pattern)
+    build = lambda: stages.adapted(config.build(rngs=nnx.Rngs(0)), LORA)
+    names = {n for n in parameters(jax.eval_shape(build)) if n.endswith(".lora_a")}
+    maps = ("0.mixer.qkv", "1.mixer.q", "1.mixer.k", "1.mixer.v")
+    assert names == {f"blocks.{name}.lora_a" for name in maps}
 
 
 def test_a_mesh_trains_a_stage_as_one_device_does(run, whole, pair, tmp_path):
