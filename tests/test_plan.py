@@ -95,6 +95,7 @@ HloModule jit_step, is_scheduled=true
   %start = f32[64,8]{1,0} fusion(%p), calls=%carry_on
   %beside = f32[64,8]{1,0} fusion(%p), calls=%carry_on, x={"estimated_cycles":"500"}
   %done = f32[64,8]{1,0} fusion(%p), calls=%carry_on, x={"estimated_cycles":"30"}
+  %ours = f32[8]{0} custom-call(%p), x={"cost_estimate":{"flops":"90","bytes_accessed":"40"}}
   %sum = bf16[100]{0} all-reduce(%p), channel_id=4, replica_groups={{0,1},{2,3}}
 }
 
@@ -131,6 +132,7 @@ def test_a_schedule_counts_loops_branches_and_what_hides():
     assert total[:6] == ("all-reduce", 7, 200.0, 200, 2, 0) and not total.overlapped
     assert send[:6] == ("collective-permute", 1, 32, 32, 2, 20) and send.overlapped
     assert again[:6] == ("collective-permute", 1, 32, 32, 2, 7 * 6)  # behind a whole loop
+    assert read.kernels == (("ours", 7, 90, 40),)
     assert read.totals()[0] == {"kind": "all-gather", "count": 7, "sent": 7 * 1536, "overlapped": 7}
 
 
@@ -143,6 +145,17 @@ def test_what_no_work_hides_is_exposed():
     assert e.exposed == pytest.approx(slow) and e.seconds == pytest.approx(1e-6 + slow)
     hidden = schedule.Schedule((sent._replace(hidden=10**9),), 1750)
     assert estimate(program._replace(schedule=hidden), there, 0).exposed == 0
+
+
+def test_a_kernel_takes_the_longer_of_its_products_and_its_traffic():
+    program = programs.Program("train step", 10, 0, programs.Memory(*[1] * 6), 6, None, 0.0)
+    there = topology.Topology("v5e:2x2", "v5e", 4, ())
+    kernels = (
+        schedule.Kernel("products", 3, int(197e9), 1),
+        schedule.Kernel("traffic", 1, 1, 819 * 10**6),
+    )
+    e = estimate(program._replace(schedule=schedule.Schedule((), 1500, kernels)), there, 0)
+    assert e.seconds == pytest.approx(3e-3 + 1e-3 + 1e-6)
 
 
 def test_products_are_counted_as_often_as_they_run():

@@ -50,6 +50,41 @@ def scan_chunks(
     return jax.tree.map(lambda a: a[:, : tokens[0].shape[1] - skipped * size], y), state
 
 
+class InXLA(NamedTuple):
+    """`scan_chunks` as a form of `platforms.scan`, of tokens and y as a family's callers see them.
+
+    prepared  *tokens -> those that the chunks take: each what is given, or more columns of it
+    finished  y, *tokens -> the results
+    turned    the results' cotangents -> that of y
+    """
+
+    chunk: Any
+    size: int
+    prepared: Callable[..., tuple]
+    finished: Callable[..., Any]
+    turned: Callable[[Any], Any]
+
+    def run(self, tokens, state):
+        y, state = scan_chunks(self.chunk, self.prepared(*tokens), state, self.size)
+        return self.finished(y, *tokens), state
+
+    def keeping(self, tokens, state):
+        part, padded = self._part(tokens)
+        (y, state), (_, _, entering) = _forward(part, padded, (), state)
+        return (self.finished(y[:, : tokens[0].shape[1]], *tokens), state), entering
+
+    def backward(self, tokens, entering, d_y, d_state):
+        part, padded = self._part(tokens)
+        dy = _padded(self.turned(d_y), self.size)
+        d_tokens, _, d_state = _backward(part, (padded, (), entering), (dy, d_state))
+        given = lambda d, a: None if d is None else d[tuple(map(slice, a.shape))].astype(a.dtype)
+        return tuple(given(d, a) for d, a in zip(d_tokens, tokens, strict=True)), d_state
+
+    def _part(self, tokens):
+        padded = _padded(self.prepared(*tokens), self.size)
+        return Part(self.chunk, self.size, 0, padded[0].shape[1] // self.size), padded
+
+
 class Part(NamedTuple):
     """Chunks number `start` to `stop` of tokens: y of these, and the state after them, of tokens
     [B, N * size, ...], weights and the state before them. Work to do while states travel, in the

@@ -34,9 +34,12 @@ class Recurrence:
 
     __name__: str  # the definition's
 
-    def __init__(self, reference: Callable, implementations: dict, transition, apart, weights: int):
+    def __init__(
+        self, reference: Callable, implementations: dict, transition, apart, weights: int, best
+    ):
         functools.update_wrapper(self, reference)
         self.implementations = {"reference": reference, **implementations}
+        self.best = best
         self.transition, self.apart, self.weights = transition, apart, weights
         RECURRENCES[reference.__name__] = self
 
@@ -83,6 +86,8 @@ class Recurrence:
                     + nearest(implementation, bound)
                 )
             return bound[implementation](*args)
+        if self.best is not None:
+            return self.best(*args, **options)
         # resolved when lowering, so that compiling ahead of time for another platform is right too
         default = bound[self.implementation_on("cpu")]
         by_platform = {PLATFORM[name]: f for name, f in bound.items() if name in PLATFORM}
@@ -93,6 +98,7 @@ def recurrence(
     transition: Callable | None = None,
     apart: Callable | None = None,
     weights: int = 0,
+    best: Callable | None = None,
     **implementations: Callable,
 ) -> Callable[[Callable], Recurrence]:
     """Decorate a definition `f(*tokens, *weights, state, **options)` with its transition and faster
@@ -100,6 +106,9 @@ def recurrence(
 
     apart(hops, *tokens, *weights, zeros, **options) gives the work that can be done before the
     state that enters is known (a `chunk_scan.Apart`), for as many steps as a state makes hops; None
-    where tokens are too few.
+    where tokens are too few. `best` runs what `implementation` None means, where its forms on all
+    platforms share one gradient (see `platforms`).
     """
-    return lambda reference: Recurrence(reference, implementations, transition, apart, weights)
+    return lambda reference: Recurrence(
+        reference, implementations, transition, apart, weights, best
+    )

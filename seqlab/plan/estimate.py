@@ -5,16 +5,17 @@ from typing import NamedTuple
 
 from seqlab.parallel.cost import Link
 from seqlab.plan.programs import Program
-from seqlab.plan.schedule import Collective
-from seqlab.plan.topology import Topology
+from seqlab.plan.schedule import Collective, Kernel
+from seqlab.plan.topology import Device, Topology
 
 FORMULA = (
     "time = max(work, products at the device's peak) + exposed communication. Work is the "
     "compiler's own estimate of each instruction's cycles (the slower of its arithmetic and its "
-    "memory traffic), times how often it runs, over the clock. A collective takes its link's "
-    "latencies and bytes sent / bandwidth; exposed is what exceeds the work scheduled between its "
-    "start and its end, and all of it where it does not overlap. Links are assumptions (see "
-    "parallel/cost.py); nothing was timed."
+    "memory traffic), times how often it runs, over the clock; for a kernel of ours, of which it "
+    "estimates nothing, the longer of its products at the peak and its memory traffic. A "
+    "collective takes its link's latencies and bytes sent / bandwidth; exposed is what exceeds "
+    "the work scheduled between its start and its end, and all of it where it does not overlap. "
+    "Links are assumptions (see parallel/cost.py); nothing was timed."
 )
 #: Forward and backward take three times the products of forward alone; recomputing is not counted.
 PASSES = 3
@@ -58,12 +59,19 @@ def estimate(program: Program, topology: Topology, flops: int) -> Estimate:
         return Estimate(program, False, device.memory)
     products = flops / (topology.count * device.flops)
     clock = device.clock
-    work = schedule.cycles / clock if clock else products * device.flops / topology.link.flops
+    in_kernels = sum(k.count * in_kernel(k, device) for k in schedule.kernels)
+    by_shape = products * device.flops / topology.link.flops
+    work = schedule.cycles / clock + in_kernels if clock else by_shape
     waited = collections.defaultdict(float)
     for c in schedule.collectives:
         waited[c.kind] += c.count * exposed(c, topology.link, clock)
     rows = tuple({**row, "exposed": waited[row["kind"]]} for row in schedule.totals())
     return Estimate(program, fits, device.memory, work, products, sum(waited.values()), rows)
+
+
+def in_kernel(k: Kernel, device: Device) -> float:
+    """Seconds of one run of a kernel at least."""
+    return max(k.flops / device.flops, k.bytes / device.bandwidth)
 
 
 def travel(c: Collective, link: Link) -> float:

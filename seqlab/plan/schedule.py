@@ -24,6 +24,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
 _CALLING = ("fusion", "call", "async-start", "custom-call")
+_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 
 
@@ -49,11 +50,23 @@ class Collective(NamedTuple):
         return self.hidden > 0
 
 
+class Kernel(NamedTuple):
+    """A kernel of our own, of which the compiler estimates nothing: it runs `count` times, and each
+    time keeps the matrix units busy for `flops` and moves `bytes`."""
+
+    name: str
+    count: int
+    flops: int
+    bytes: int
+
+
 class Schedule(NamedTuple):
-    """All collectives of a program, and the cycles that the compiler estimates for all else."""
+    """All collectives and kernels of a program, and the cycles that the compiler estimates for all
+    else."""
 
     collectives: tuple[Collective, ...]
     cycles: int
+    kernels: tuple[Kernel, ...] = ()
 
     def totals(self) -> list[dict]:
         """A row a kind: how many run, bytes each device sends in them, how many are overlapped."""
@@ -76,11 +89,12 @@ class _Instruction(NamedTuple):
 def read(text: str) -> Schedule:
     """The schedule in the text of a compiled TPU program."""
     program = _Program(text)
-    collectives, cycles = [], 0
+    collectives, kernels, cycles = [], [], 0
     for name, times in program.runs().items():
         collectives += program.collectives(program.computations[name], times)
+        kernels += program.kernels(name, times)
         cycles += times * program.cycles(name)
-    return Schedule(tuple(collectives), cycles)
+    return Schedule(tuple(collectives), cycles, tuple(kernels))
 
 
 class _Program:
@@ -113,6 +127,10 @@ class _Program:
 
     def cycles(self, computation: str) -> int:
         return sum(map(_cycles, self.computations[computation]))
+
+    def kernels(self, computation: str, times: int) -> list[Kernel]:
+        costs = [(i.name, _COST.search(i.rest)) for i in self.computations[computation]]
+        return [Kernel(name, times, *map(int, cost.groups())) for name, cost in costs if cost]
 
     def spent(self, i: _Instruction) -> int:
         """Cycles of one instruction; of a loop, those of all its turns."""

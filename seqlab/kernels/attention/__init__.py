@@ -54,8 +54,7 @@ def attention_with_lse(
     window, sinks           a key is seen by queries of its own document, if fewer than `window`
                             tokens away or among the first `sinks`
     causal                  and only by those that do not come before it
-    scale                   K ** -0.5 unless given
-    cap                     scores become cap * tanh(score / cap), if there is one
+    scale, cap              K ** -0.5 unless given; scores become cap * tanh(score / cap) if given
     implementation          "reference" or "xla", which has a form of its own for T == 1
 
     Where the ambient mesh splits time, queries meet keys as `use_mesh(attention=...)` says

@@ -8,12 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.decayed_outer_product import xla
+from seqlab.kernels.decayed_outer_product import pallas_tpu, xla
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
 
 
-@recurrence(xla=xla.chunked, transition=xla.transition, apart=xla.apart)
+@recurrence(
+    xla=xla.chunked,
+    pallas_tpu=pallas_tpu.chunked,
+    best=pallas_tpu.by_platform,
+    transition=xla.transition,
+    apart=xla.apart,
+)
 def decayed_outer_product(
     q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser=False
 ):

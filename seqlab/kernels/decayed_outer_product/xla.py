@@ -28,9 +28,23 @@ from seqlab.parallel.transitions import Diagonal
 
 def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
-    tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(OuterProduct, tokens, state, chunk_length(q, chunk_size))
-    return read(y, v, normaliser), state
+    tokens = (q, k, v, log_decay, reset)
+    return form(chunk_length(q, chunk_size), normaliser).run(tokens, state)
+
+
+def form(size: int, normaliser: bool) -> chunk_scan.InXLA:
+    """The same for chunks of a length, as `platforms.scan` takes it."""
+
+    def prepared(q, k, v, log_decay, reset):
+        return q, k, written(v, normaliser), widen(log_decay), reset
+
+    def finished(y, q, k, v, log_decay, reset):
+        return read(y, v, normaliser)
+
+    def turned(d_y):
+        return jnp.concatenate([widen(d_y[0]), d_y[1][..., None]], -1) if normaliser else widen(d_y)
+
+    return chunk_scan.InXLA(OuterProduct, size, prepared, finished, turned)
 
 
 def transition(

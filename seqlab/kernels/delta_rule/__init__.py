@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.delta_rule import xla
+from seqlab.kernels.delta_rule import pallas_tpu, xla
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
 
 
-@recurrence(xla=xla.chunked, transition=xla.transition)
+@recurrence(
+    xla=xla.chunked,
+    pallas_tpu=pallas_tpu.chunked,
+    best=pallas_tpu.by_platform,
+    transition=xla.transition,
+)
 def delta_rule(q, k, v, beta, log_decay, reset, state, *, chunk_size: int = 64):
     """S = exp(log_decay_t) * S_{t-1};  S_t = S + k_t (beta_t (v_t - S^T k_t))^T;  y_t = S_t^T q_t;
     S_{t-1} = 0 where reset_t.

@@ -1,0 +1,1 @@
+"""What TPU kernels of several families share: see `chunk_scan` for the scan itself."""

@@ -1,0 +1,61 @@
+"""A scan over chunks with a form for each platform, of which lowering takes one.
+
+Gradients of `lax.platform_dependent` keep what every form keeps, on every platform. So here the
+forms stand inside of one gradient: each keeps its tokens and the states that enter its chunks, and
+what one kept the other could go on with.
+"""
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax import lax
+
+from seqlab.kernels.kept import kept
+
+
+class Form(Protocol):
+    """Hashable. A cotangent of bool tokens is None."""
+
+    def run(self, tokens: tuple, state) -> tuple[Any, Any]:
+        """y and the state after the last token"""
+        ...
+
+    def keeping(self, tokens: tuple, state) -> tuple[tuple[Any, Any], Any]:
+        """The same, and the states that enter the chunks [N, B, ...]"""
+        ...
+
+    def backward(self, tokens: tuple, entering, d_y, d_state) -> tuple[tuple, Any]:
+        """Cotangents of the tokens and of the state"""
+        ...
+
+
+class Forms(NamedTuple):
+    """`default` runs where there is none of a platform's own."""
+
+    default: Form
+    tpu: Form | None = None
+
+    def call(self, method: str, *args):
+        default = getattr(self.default, method)
+        if self.tpu is None:
+            return default(*args)
+        return lax.platform_dependent(*args, default=default, tpu=getattr(self.tpu, method))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(forms: Forms, tokens: tuple, state):
+    """y and the state after the last of tokens [B, T, ...]."""
+    return forms.call("run", tokens, state)
+
+
+def _forward(forms, tokens, state):
+    results, entering = kept(forms.call("keeping", tokens, state))
+    return results, (tokens, entering)
+
+
+def _backward(forms, saved, cotangents):
+    return forms.call("backward", *saved, *cotangents)
+
+
+scan.defvjp(_forward, _backward)
