@@ -183,8 +183,8 @@ def swa_sink(d):
 
 
 def one_gate_a_head(d):
-    """Liger's form of RWKV-6, with gates of normed keys, and first tokens that stay visible."""
-    a = np.exp(-np.exp(d.k.mean(-1, keepdims=True)))
+    """Liger's form of mLSTM, with gates of normed keys, and first tokens that stay visible."""
+    a = sigmoid(d.k.mean(-1, keepdims=True))
     near = windowed(d.Rq, d.Rk, d.v, lambda t: [s for s in range(t + 1) if s < 2 or s > t - W])
     return 0.25 * near + 0.75 * remembered(a, softmax(d.k), d.v, softmax(d.q))
 

@@ -45,7 +45,7 @@ CASES = {name: PRESETS[name](TEACHER, **SMALL[name]) for name in PRESETS} | {
     "one_gate_a_head": mixed(
         sinks=2,
         window_share=0.25,
-        memory=Memory(decay_form="exp", decay_width=1, decay_normed=True),
+        memory=Memory(decay_width=1, decay_normed=True),
     ),
     "fixed_rates": mixed(
         window_rope=False,

@@ -40,10 +40,6 @@ VARIANTS = {
                 norm="own",
             ),
         },
-        {
-            "kv_heads": 2,
-            "memory": feature_memory.Config(decay_width=4, write="slots", norm="groupnorm"),
-        },
     ],
     "linear_attention": [
         {

@@ -97,11 +97,15 @@ class AttentionHeads(Mixer):
         the dtype of x, and the state after it."""
         raise NotImplementedError(f"{type(self).__name__} must define attend(x, state, reset)")
 
-    def mix(self, x, state, reset):
-        y, state = self.attend(x, state, reset)
+    def leave(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """What becomes of `attend`'s y [B, T, H * K]: gated, normed, and projected [B, T, D]."""
         if self.gate is not None:
             y *= jax.nn.sigmoid(widen(self.gate(x))).astype(y.dtype)
-        return self.out(y if self.out_norm is None else self.out_norm(y)), state
+        return self.out(y if self.out_norm is None else self.out_norm(y))
+
+    def mix(self, x, state, reset):
+        y, state = self.attend(x, state, reset)
+        return self.leave(x, y), state
 
     def normed(self, a: jax.Array, n: int, norm) -> jax.Array:
         """Queries or keys [B, T, n * K] -> [B, T, n, K]"""

@@ -6,13 +6,13 @@ Kasai et al. (2021, T2R); Zhang et al. (2024, Hedgehog); Mercat et al. (2024, SU
 (2024, GSA).
 """
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
@@ -25,11 +25,7 @@ from seqlab.layers.norm import LayerNorm
 from seqlab.settings import STRICT, PositiveFinite
 
 #: log a of a gate g
-FORMS = {
-    "sigmoid": jax.nn.log_sigmoid,
-    "softplus": lambda g: -jax.nn.softplus(g),
-    "exp": lambda g: -jnp.exp(g),
-}
+FORMS = {"sigmoid": jax.nn.log_sigmoid, "softplus": lambda g: -jax.nn.softplus(g)}
 
 #: log a of each of H heads: ALiBi's slopes (Press et al., 2022), RetNet's rates (Sun et al., 2023)
 RATES = {
@@ -49,7 +45,7 @@ class Config:
 
     decay         a_t of each head and feature: 1, or by a gate g, which is k_t ("key") or, one for
                   all heads, x_t w + b ("token"), or for each head a rate of its own ("fixed")
-    decay_form    a_t is sigmoid(g), exp(-softplus(g)) or exp(-exp(g)) to the power `decay_power`
+    decay_form    a_t is sigmoid(g) or exp(-softplus(g)), to the power `decay_power`
     decay_width   a head's keys are averaged to so many gates; 1 is one a head, None one a channel
     decay_normed  whether gates are keys as they are normed, or as they are projected
     decay_bias    b at the start; None for no b
@@ -68,11 +64,11 @@ class Config:
     rope: Literal["none", "before", "after"] = "none"
     scale: bool = False
     decay: Literal["none", "key", "token", "fixed"] = "key"
-    decay_form: Literal["sigmoid", "softplus", "exp"] = "sigmoid"
+    decay_form: Literal["sigmoid", "softplus"] = "sigmoid"
     decay_power: PositiveFinite = 1.0
     decay_width: PositiveInt | None = None
     decay_normed: bool = False
-    decay_bias: float | None = 3.0
+    decay_bias: Annotated[float, Field(allow_inf_nan=False)] | None = 3.0
     decay_rates: Literal["alibi", "retention"] = "alibi"
     write: Literal["features", "forgotten", "slots"] = "features"
     norm: Literal["none", "own", "groupnorm"] = "none"

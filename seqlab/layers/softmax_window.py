@@ -24,13 +24,14 @@ def largest_score(q, k, before, position, *, scale: float, cap: float | None) ->
 
     All scores are in memory at once, 2 W for each query, which is about as much as the queries are.
     """
-    run = lambda q, k, position, before: (
-        _largest(q, k, position, before, scale, cap),
-        jnp.concatenate([before, k], 1)[:, -W:],
-    )
-    W, tokens = before.shape[1], (q, k, position)
+    W = before.shape[1]
     last = lambda q, k, position: k[:, -W:]
-    return with_halo(run, last, W, tokens, before.astype(k.dtype))[0]
+
+    def run(q, k, position, before):
+        left = jnp.concatenate([before, k], 1)[:, -W:]
+        return _largest(q, k, position, before, scale, cap), left
+
+    return with_halo(run, last, W, (q, k, position), before.astype(k.dtype))[0]
 
 
 def _largest(q, k, position, before, scale, cap):

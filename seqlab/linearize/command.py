@@ -5,6 +5,7 @@ import pathlib
 from rich.console import Console
 
 from seqlab.linearize import dry_run, pipeline, report
+from seqlab.linearize.checks import checked
 from seqlab.linearize.request import Request
 
 
@@ -19,7 +20,7 @@ def run(
     """Linearize, or with `dry` only say what that would do; prints tables."""
     console = console or Console(highlight=False)
     if dry:
-        dry_run.show(request, pipeline.estimated(request), console)
+        dry_run.show(request, checked(request, to), console)
         return
     record = pipeline.linearize(request, out, to=to, say=console.print)
     console.print(report.table(record))

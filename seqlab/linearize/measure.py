@@ -44,7 +44,8 @@ class Judge:
     def _figures(self, models: Models, loss: Callable, tokens: int = 0) -> Figures:
         key = loss, *(model and model.config for model in models)
         if key not in self._programs:
-            self._programs[key] = make_evaluation(_skeleton(models), NEXT_TOKEN.ask, loss)
+            skeleton: Any = Models(*(model and model.config.skeleton() for model in models))
+            self._programs[key] = make_evaluation(skeleton, NEXT_TOKEN.ask, loss)
         sums, params = collections.Counter(), parameters(models)
         for batch in self.batches:
             found = self._programs[key](params, place(batch, self.mesh))
@@ -64,7 +65,3 @@ class Judge:
 def _beside(models: Models, asked: Asked) -> Loss:
     """The student's cross-entropy, and beside it each layer's error."""
     return losses.ce(models, asked)._replace(seen=layer(models, asked).seen)
-
-
-def _skeleton(models: Models) -> Models:
-    return Models(*(model and model.config.skeleton() for model in models))

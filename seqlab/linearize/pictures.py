@@ -44,15 +44,16 @@ def draw(
     transfer  relative errors over layers: the last line is the student's, those before how it began
     recall    shares recalled over distances: the teacher's, the baseline's, the student's
     """
+    beside = HALF if recall else WIDE
     pictures = [
         (Picture("recovered", "Recovered by tokens trained on", WIDE), stages),
-        (Picture("transfer", "Relative error of each layer", HALF), transfer),
+        (Picture("transfer", "Relative error of each layer", beside), transfer),
         (Picture("recall", "Recall by distance", HALF), recall),
     ]
     for theme in THEMES:
         make = {
             "recovered": lambda theme=theme: _recovered(theme, stages, levels),
-            "transfer": lambda theme=theme: _transfer(theme, transfer),
+            "transfer": lambda theme=theme: _transfer(theme, transfer, beside),
             "recall": lambda theme=theme: _recall(theme, recall),
         }
         for picture, shown in pictures:
@@ -78,7 +79,7 @@ def _recovered(theme: Theme, stages: Sequence[Line], levels: Mapping[str, float]
     spread = max(seen) - min(seen) or 0.1
     axes.set_ylim(max(0.0, min(seen) - 0.16 * spread), max(seen) + 0.08 * spread)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g}%"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g}%"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: readable.count(x)))
     legend(axes, theme, "best")
     return figure
@@ -93,8 +94,8 @@ def _named(axes: Axes, theme: Theme, stage: Line, last: bool) -> None:
         axes.axvline(stage.xs[-1], color=theme.grid, lw=0.9, zorder=1)
 
 
-def _transfer(theme: Theme, lines: Sequence[Line]) -> Figure:
-    figure, axes = canvas(HALF, theme, "Layers", "relative error of the output", "layer")
+def _transfer(theme: Theme, lines: Sequence[Line], size: tuple[float, float]) -> Figure:
+    figure, axes = canvas(size, theme, "Layers", "relative error of the output", "layer")
     colours = [*BEFORE[: len(lines) - 1], theme.train]
     for line, colour in zip(lines, colours, strict=False):
         axes.plot(line.xs, line.ys, color=colour, lw=1.5, marker="o", ms=3.5, label=line.name)

@@ -7,27 +7,25 @@ from typing import Any
 
 from flax import nnx
 
-from seqlab.errors import ConfigError, DataError
-from seqlab.linearize import report, room, sources, stage, targets
-from seqlab.linearize.estimate import Estimate, estimate
-from seqlab.linearize.measure import Judge, batch_size
+from seqlab.errors import DataError
+from seqlab.linearize import report, room, stage
+from seqlab.linearize.checks import arguments, checked, data_of
+from seqlab.linearize.measure import Judge
 from seqlab.linearize.presets import PRESETS
 from seqlab.linearize.recall import recall
 from seqlab.linearize.record import BASELINE, SWAP, TEACHER, Figures, Record
 from seqlab.linearize.request import Request
-from seqlab.linearize.swap import Pair, Plan, plan, swap
-from seqlab.models import export, layout, lm, store
+from seqlab.linearize.swap import Pair, Target, plan, swap
+from seqlab.models import convert, layout, store
 from seqlab.models.lm import LM
 from seqlab.parallel.mesh import use_mesh
 from seqlab.train.corpus import open_corpus
-from seqlab.train.data import Data
 from seqlab.train.held_out import held_out_batches
 from seqlab.train.lock import RunLock
 
 WINDOW, SINKS = 64, 4  # of the baseline, where the method has no window of its own
 EVALUATIONS = 20  # of a stage, for its curve
 FILLER = 2**16  # tokens of the held-out text that recall takes stretches of
-LENGTH = 2048  # tokens of a row in evaluations, where no stage has longer ones
 
 Say = Callable[[str], object]
 
@@ -43,32 +41,21 @@ def linearize(
 
     Raises a SeqlabError for bad input, before anything is trained, and what `train` raises.
     """
-    record, m = Record(out, request), request.mesh  # a folder that is not ours is left alone
-    if to is not None and to.exists() and not record.finished:
-        raise ConfigError(f"--export {to} exists: choose another folder.")
+    m, found = request.mesh, None
+    if not Record(out, request).finished:  # what is refused leaves no folder behind
+        found = checked(request, to)
+        exported = {to: found.student_bytes} if to is not None else {}
+        room.require({out: found.disk_bytes, **exported})
     with RunLock(out), use_mesh(m.data, m.seq, m.model, **m.travel._asdict()) as mesh:
         record = Record(out, request)
         if record.finished:
             say(f"{out} is finished.")
         else:
-            _Run(request, record, mesh, say).go(to)
-        if to is not None and not to.exists():
-            own = store.tokenizer_of(out)
-            tokenizer = own if isinstance(own, pathlib.Path) else None
-            export.export_hf(store.load(out), to, tokenizer=tokenizer)
-            say(f"{to} is the student as a published model.")
+            record.estimate = found
+            _Run(request, record, mesh, say).go()
+        if to is not None:
+            say(f"{to} is there already." if to.exists() else convert.convert(out, to))
     return record
-
-
-def planned(request: Request) -> Plan:
-    """What the swap of a request would change; raises what `swap.plan` does."""
-    config = store.load_config(request.teacher, max_length=request.max_length)
-    return plan(config, **_arguments(request, config))
-
-
-def estimated(request: Request) -> Estimate:
-    """What a request comes to; no weight is read."""
-    return estimate(planned(request), request.stages, pathlib.Path(request.teacher))
 
 
 class _Run:
@@ -78,13 +65,11 @@ class _Run:
         self.request, self.record, self.mesh, self.say = request, record, mesh, say
         self.tokenizer = store.load_tokenizer(request.teacher)
 
-    def go(self, to: pathlib.Path | None) -> None:
+    def go(self) -> None:
         r, out = self.request, self.record.folder
-        self._check(to)
-        lying = lambda config: plan(config, **_arguments(r, config)).teacher  # as the swap needs it
-        teacher = store.load(r.teacher, max_length=r.max_length, layout=lying)
-        pair = swap(teacher, **_arguments(r, teacher.config), rngs=nnx.Rngs(r.seed))
-        data = _data(r, pair.teacher)
+        self.record.write()
+        pair = self._swapped()
+        data = data_of(r, pair.teacher)
         judge = Judge(held_out_batches(data, self.tokenizer), self.mesh, self._recall)
         self._figures(TEACHER, lambda: judge.teacher(pair.teacher))
         self._figures(SWAP, lambda: judge.student(pair))
@@ -100,27 +85,25 @@ class _Run:
             )
             tokens += wanted.tokens
             self._figures(name, lambda pair=pair, tokens=tokens: judge.student(pair, tokens))
-        store.save(pair.student, out / store.INNER, tokenizer=store.tokenizer_of(r.teacher))
+        store.save(
+            pair.student, out / store.INNER, tokenizer=store.tokenizer_of(pathlib.Path(r.teacher))
+        )
         self.record.finished = True
         self.record.write()
 
-    def _check(self, to: pathlib.Path | None) -> None:
-        """Refuse what would come to grief later, before weights are read."""
-        r, record = self.request, self.record
-        record.estimate = found = estimated(r)
-        held = sources.tokens(r.train, self.tokenizer)
-        for name, wanted in r.runs.items():
-            wanted.require(held, name)
-        exported = {to: found.student_bytes} if to is not None else {}
-        room.require({record.folder: found.disk_bytes, **exported})
-        record.write()
+    def _swapped(self) -> Pair:
+        r = self.request
+        lying = lambda config: plan(config, **arguments(r, config)).teacher  # as the swap needs it
+        teacher = store.load(r.teacher, max_length=r.max_length, layout=lying)
+        return swap(teacher, **arguments(r, teacher.config), rngs=nnx.Rngs(r.seed))
 
     def _recall(self, model: LM) -> dict[int, float | None]:
         """Asked amid the beginning of the held-out text; nothing where that is too short for it."""
         corpus = open_corpus(self.request.held_out[0], self.tokenizer)
-        filler = corpus.read([(0, min(corpus.tokens, FILLER))])[0]
+        ids = corpus.read([(0, min(corpus.tokens, FILLER))])[0]
+        filler = ids[ids != self.tokenizer.stop].tolist()
         try:
-            return recall(model, self.tokenizer, filler[filler != self.tokenizer.stop], say=_silent)
+            return recall(model, self.tokenizer, filler, say=_silent)
         except DataError:
             return {}
 
@@ -145,31 +128,15 @@ def _silent(text: str) -> None:
 
 
 def baseline(pair: Pair) -> Pair:
-    """The teacher with a window and the first tokens in the place of whatever the student has:
-    nothing of it is trained, and it keeps as many keys as the student's window."""
+    """The teacher with a window and sinks in the place of whatever the student has; nothing of it
+    is trained."""
     blocks = layout.layers(pair.student.config)
-    window = getattr(blocks[pair.replaced[0]].mixer, "window", None) or WINDOW
-    target = lambda attention: PRESETS["swa_sink"](attention, window=max(window - SINKS, 1))
+    target = window_and_sinks(blocks[pair.replaced[0]].mixer)
     keep = set(range(len(blocks))) - set(pair.replaced)
     return swap(pair.teacher, target, keep=keep, rngs=nnx.Rngs(0))
 
 
-def _arguments(r: Request, config: lm.Config) -> dict[str, Any]:
-    """Of `plan` and `swap`, for a teacher of this config."""
-    keep = r.kept(len(layout.layers(config)))
-    return {"target": targets.target(r.mixer, r.fields, config.d_model), "keep": keep}
-
-
-def _data(r: Request, teacher: LM) -> Data:
-    """What stages read, and evaluations in rows of one length."""
-    longest = max((stage.length for stage in r.stages), default=LENGTH)
-    length = min(r.length or longest, teacher.max_length or longest)
-    return Data(
-        train=r.train,
-        held_out=r.held_out,
-        tokenizer=str(store.tokenizer_of(pathlib.Path(r.teacher))),
-        length=length,
-        batch=batch_size(teacher.config.vocab, length, r.mesh.data),
-        seed=r.seed,
-        held_out_rows=r.held_out_rows,
-    )
+def window_and_sinks(mixer: Any) -> Target:
+    """Attention that sees as many keys as a mixer's window has, the first tokens among them."""
+    window = getattr(mixer, "window", None) or WINDOW
+    return lambda attention: PRESETS["swa_sink"](attention, window=max(window - SINKS, 1))

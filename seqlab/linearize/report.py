@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -39,7 +40,7 @@ def label(name: str) -> str:
 def sentence(record: Record, name: str) -> str:
     """What was measured under a name, in one line."""
     found = record.figures[name]
-    line = f"{label(name)}: perplexity {found.perplexity:.4g}"
+    line = f"{label(name)}: perplexity {found.perplexity:#.4g}"
     return line if name == TEACHER else f"{line}, {recovered(record, found):.1%} recovered"
 
 
@@ -57,11 +58,14 @@ def rows(record: Record) -> list[list[str]]:
             [
                 label(name),
                 readable.count(found.tokens) if trained else DASH,
-                f"{found.perplexity:.4g}",
+                f"{found.perplexity:#.4g}",
                 DASH if name == TEACHER else f"{recovered(record, found):.1%}",
-                DASH if gap is None else f"{gap:.0%}",
+                _percent(gap),
                 f"{error:.3g}" if found.transfer else DASH,
-                *(f"{found.recall[d]:.0%}" if d in found.recall else DASH for d in distances),
+                *(
+                    DASH if share is None else f"{share:.0%}"
+                    for share in map(found.recall.get, distances)
+                ),
             ]
         )
     return table
@@ -94,6 +98,10 @@ def write(record: Record) -> pathlib.Path:
     return path
 
 
+def _percent(share: float | None) -> str:
+    return DASH if share is None else f"{share:.0%}"
+
+
 def _stages(record: Record) -> list[str]:
     return [name for name in record.figures if name not in NAMES]
 
@@ -110,13 +118,13 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     gap = closed(record, last)
     return [
         ("Recovered of the teacher's perplexity", f"{recovered(record, last):.1%}", beside),
-        ("Perplexity", f"{last.perplexity:.4g}", f"teacher {figures[TEACHER].perplexity:.4g}"),
-        ("Gap closed", DASH if gap is None else f"{gap:.0%}", "of the nats the swap cost"),
+        ("Perplexity", f"{last.perplexity:#.4g}", f"teacher {figures[TEACHER].perplexity:#.4g}"),
+        ("Gap closed", _percent(gap), "of the nats the swap cost"),
         ("Tokens", readable.count(last.tokens), "trained on"),
         (
-            "State of a sequence",
+            "State",
             readable.size(known.state_bytes),
-            f"a KV cache is larger from {known.break_even:,} tokens on",
+            f"a KV cache of {known.break_even:,} tokens is larger",
         ),
     ]
 
@@ -132,14 +140,14 @@ def _lines(record: Record) -> tuple[list[Line], dict[str, float], list[Line], li
     asked = [(NAMES[TEACHER], TEACHER), (NAMES[BASELINE], BASELINE), ("student", student)]
     recall = [Line(name, *_pairs(figures[n].recall)) for name, n in asked if n in figures]
     whole = len(recall) == len(asked) and all(line.xs for line in recall)
-    return _curves(record, stages), levels, errors, recall if whole else []
+    return curves(record), levels, errors, recall if whole else []
 
 
-def _curves(record: Record, stages: list[str]) -> list[Line]:
+def curves(record: Record) -> list[Line]:
     """What each stage recovered on its way, from its own evaluations where those read rows as long
     as ours."""
     found, before = [], SWAP
-    for name, stage in zip(stages, record.request.runs.values(), strict=False):
+    for name, stage in zip(_stages(record), record.request.runs.values(), strict=False):
         start = record.figures[before]
         points = [(start.tokens, recovered(record, start))]
         for row in _evaluations(record.folder / "stages" / name):
@@ -160,8 +168,8 @@ def _evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [row for row in held if row.get("held_out_loss") is not None]
 
 
-def _pairs(found: dict[int, float]) -> tuple[list[int], list[float]]:
-    return list(found), list(found.values())
+def _pairs(found: Mapping[int, float | None]) -> tuple[list[int], list[float]]:
+    return list(found), [math.nan if value is None else value for value in found.values()]
 
 
 def _html(table: list[list[str]]) -> str:

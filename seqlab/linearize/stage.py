@@ -49,16 +49,9 @@ def run(
     The student's weights keep their dtypes and places; adapters are merged. Raises Stopped where a
     signal ended the run early, ConfigError, DataError, and what `train` raises.
     """
-    student = adapted(pair.student, stage, fields.get("seed", 0))
+    config = run_config(pair, stage, data, **fields)
+    student = adapted(pair.student, stage, config.seed)
     teacher = None if stage.loss == "ce" else pair.teacher
-    config = Config(
-        model=pair.student.config,
-        data=dataclasses.replace(data, length=stage.length, batch=stage.batch),
-        steps=stage.steps,
-        optimizer=stage.optimizer(),
-        **fields,
-    )
-    _require_room(teacher, stage)
     names = trained(pair, student, stage)
     work = _work(Models(teacher, student), names, stage, folder.name)
     outcome = train(config, folder, work=work, say=say)
@@ -66,6 +59,28 @@ def run(
         raise Stopped(f"The stage in {folder} is not finished: run the same command to go on.")
     student = _with(student, parameters(outcome.model.student), names)
     return pair._replace(student=lora.merge(student) if stage.lora else student)
+
+
+def run_config(pair: Pair, stage: Stage, data: Data, **fields: Any) -> Config:
+    """The train run that a stage is; the pair may be without its numbers.
+
+    Raises ConfigError where a model holds fewer tokens than a row has, and what `Config` does.
+    """
+    reads = {"teacher": pair.teacher, "student": pair.student}
+    for who in reads if stage.loss != "ce" else ("student",):
+        limit = reads[who].max_length
+        if limit is not None and limit < stage.length:
+            raise ConfigError(
+                f"A stage has length={stage.length} and the {who} holds max_length = {limit} "
+                "tokens: shorten the one or load the teacher with more."
+            )
+    return Config(
+        model=pair.student.config,
+        data=dataclasses.replace(data, length=stage.length, batch=stage.batch),
+        steps=stage.steps,
+        optimizer=stage.optimizer(),
+        **fields,
+    )
 
 
 def trained(pair: Pair, student: LM, stage: Stage) -> list[str]:
@@ -135,12 +150,3 @@ def _with(student: LM, after: dict[str, jax.Array], names: list[str]) -> LM:
         old = params[name]
         params[name] = jax.device_put(after[name].astype(old.dtype), old.sharding)
     return bind(student, params)
-
-
-def _require_room(teacher: LM | None, stage: Stage) -> None:
-    limit = teacher.max_length if teacher else None
-    if limit is not None and limit < stage.length:
-        raise ConfigError(
-            f"A stage has length={stage.length} and the teacher holds max_length = {limit} tokens: "
-            "shorten the one or load the teacher with more."
-        )

@@ -76,7 +76,7 @@ class _Watched(Mixer):
             y, _ = teacher.mix(x, state, reset)
             return y, distance(student.mix(x, empty, reset)[0], y)
         y, _ = teacher.attend(x, state, reset)
-        return teacher.out(y), distance(student.attend(x, empty, reset)[0], y)
+        return teacher.leave(x, y), distance(student.attend(x, empty, reset)[0], y)
 
 
 def _heads_compare(teacher, student) -> bool:

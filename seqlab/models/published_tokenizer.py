@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from seqlab.errors import CheckpointError, DataError, ModelError
-from seqlab.models import chat
+from seqlab.models import chat, pretrained
 from seqlab.models.tokenizer import FileTokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -92,6 +92,14 @@ class PublishedTokenizer(FileTokenizer):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         finally:
             self._tokenizer.encode_special_tokens = True
+
+
+def belongs(folder: pathlib.Path) -> bool:
+    """Whether the tokenizer in a folder is a published model's: the folder is one, or holds a model
+    that was read from one."""
+    ours = _read(folder / "config.json").get("model")
+    own = (folder / SETTINGS).is_file() or pretrained.is_published(folder)
+    return own or bool(isinstance(ours, dict) and ours.get("published"))
 
 
 def copy(source: pathlib.Path, destination: pathlib.Path) -> None:

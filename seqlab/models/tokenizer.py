@@ -74,12 +74,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
-    from seqlab.models import pretrained, published_tokenizer  # which build on this file
+    from seqlab.models import published_tokenizer  # which builds on this file
 
     path = pathlib.Path(spec)
-    if (path / published_tokenizer.SETTINGS).is_file() or pretrained.is_published(path):
-        return published_tokenizer.PublishedTokenizer(path)
-    return FileTokenizer(path)
+    published = path.is_dir() and published_tokenizer.belongs(path)
+    return published_tokenizer.PublishedTokenizer(path) if published else FileTokenizer(path)
 
 
 class ByteTokenizer:
