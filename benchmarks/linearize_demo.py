@@ -86,7 +86,7 @@ def main(options: list[str]) -> int:
     say("The teacher")
     with use_mesh() as mesh:
         filler = BYTES.encode(held_out_text(data).decode())
-        ask = lambda model: recall.recall(model, BYTES, filler, say=lambda text: None)
+        ask = lambda model: recall.recall(model, BYTES, filler, count=32, say=lambda text: None)
         judge = Judge(held_out_batches(data, BYTES), mesh, ask)
         rows = [of_teacher(teacher, judge)]
         for name in METHOD_NAMES:
