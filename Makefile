@@ -5,10 +5,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 PYTEST ?= -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: help demo tasks test lint clean
+.PHONY: help demo linearize-demo tasks test lint clean
 
 help:
 	@echo "make demo   train a small hybrid model on Python's own library, then generate from it"
+	@echo "make linearize-demo"
+	@echo "            train a small transformer, then linearize it in every way; a quarter of an hour"
 	@echo "make tasks  compare every mixer on associative recall; twenty minutes on two cores"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
@@ -17,6 +19,9 @@ help:
 demo: $(VENV)/installed
 	$(RUN) seqlab train configs/demo.py
 	$(RUN) seqlab generate runs/demo --prompt "def " --steps 400 --temperature 0.8
+
+linearize-demo: $(VENV)/installed
+	$(RUN) benchmarks.linearize_demo
 
 tasks: $(VENV)/installed
 	$(RUN) benchmarks.tasks

@@ -73,6 +73,12 @@ def test_how_depth_is_run_changes_no_gradient(model, tokens, how):
     assert_close(nats(parameters(model), other), nats(parameters(model), model), GRADIENT)
 
 
+def test_blocks_lie_one_by_one_however_depth_is_unrolled(tokens):
+    model = build(settings.override(CONFIG, ["unroll=2"]))
+    flat, state = depth.unstacked(model, model.init_state(2))
+    assert_close(run(flat, tokens, state)[0], run(model, tokens)[0], GRADIENT)
+
+
 def test_cheap_recomputation_runs_no_kernel_again(tokens):
     def loops(how):
         model, batch = build(settings.override(CONFIG, [how])), Batch(tokens, jnp.ones_like(tokens))

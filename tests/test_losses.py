@@ -1,5 +1,6 @@
 """What stages of linearization make small: distances from a teacher that say what they should."""
 
+import dataclasses
 import functools
 
 import jax
@@ -23,9 +24,9 @@ ATTENTION = attention.Config(heads=2, max_length=16)
 
 
 def model(mixer, seed: int = 0, **fields) -> lm.LM:
-    """Three layers, of which the middle one is replaced, and a vocabulary that no part divides."""
-    pattern = {"before": (ATTENTION,), "pattern": (mixer,), "repeats": 2, "tie_embeddings": False}
-    config = lm.Config(vocab=VOCAB, d_model=16, dtype="float32", **pattern | fields)
+    """Three layers, of which the last two are replaced, and a vocabulary that no part divides."""
+    shape = {"before": (ATTENTION,), "pattern": (mixer,), "repeats": 2, "tie_embeddings": False}
+    config = lm.Config(vocab=VOCAB, d_model=16, ffn=None, dtype="float32", **shape | fields)
     return config.build(rngs=nnx.Rngs(seed))
 
 
@@ -37,68 +38,79 @@ def asked():
     return NEXT_TOKEN.ask(Batch(tokens, segments))
 
 
-def plain(teacher_logits, logits, asked, w_kl, w_ce):
+def plain(teacher: lm.LM, student: lm.LM, teachers, ours, labels):
     """The definition, with all logits at once."""
-    p, q = jax.nn.log_softmax(teacher_logits), jax.nn.log_softmax(logits)
-    kl = jnp.sum(jnp.exp(p) * (p - q), -1)
-    ce = optax.softmax_cross_entropy_with_integer_labels(logits, asked.labels)
-    return jnp.sum(jnp.where(asked.weights > 0, w_kl * kl + w_ce * ce, 0.0))
+    logits = student.logits(ours)
+    p, q = jax.nn.log_softmax(teacher.logits(teachers)), jax.nn.log_softmax(logits)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.sum(jnp.exp(p) * (p - q), -1), nats
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"tie_embeddings": True, "logit_scale": 3.0, "logit_cap": 5.0}],
-    ids=["own head", "tied, scaled and bent"],
+    [
+        {"head_bias": True},
+        {"tie_embeddings": True, "logit_scale": 3.0, "logit_cap": 5.0},
+        {"linear": "bit"},
+    ],
+    ids=["own head", "tied, scaled and bent", "ternary head"],
 )
-def test_the_divergence_in_parts_of_the_vocabulary_is_its_definition(asked, fields, monkeypatch):
-    monkeypatch.setattr(losses.divergence, "__defaults__", (5,))
-    teacher, student = model(ATTENTION, 1, **fields), model(gla.Config(heads=2), 2, **fields)
-    scaled = {
-        n: 3 * a if n in ("embed.weight", "head.weight") else a
-        for n, a in parameters(teacher).items()
-    }
-    teacher = bind(teacher, scaled)
+def test_the_divergence_in_parts_of_the_vocabulary_is_its_definition(asked, fields):
+    models = Models(*(model(ATTENTION, seed, **fields) for seed in (1, 2)))
+    spread = jax.random.normal(jax.random.key(0), (2, *asked.labels.shape, 16))
+    head = [n for n in parameters(models.student) if n.split(".")[0] in ("embed", "head")]
 
-    def in_parts(params, teacher):
-        return losses.kl(0.7, 0.3)(Models(teacher, bind(student, params)), asked).nats
+    def ask(of, ours, weights):
+        student = bind(models.student, parameters(models.student) | weights)
+        apart, nats = of(models.teacher, student, spread[0], ours, asked.labels)
+        return jnp.sum(apart * asked.weights + 0.3 * jnp.sin(nats)), (apart, nats)
 
-    def at_once(params, teacher):
-        of = lambda model: model(asked.tokens, reset=asked.reset)[0]
-        return plain(of(teacher), of(bind(student, params)), asked, 0.7, 0.3)
+    def in_parts(teacher, student, teachers, ours, labels):
+        return losses.divergence(Models(teacher, student), teachers, ours, labels, size=5)
 
-    ask = lambda f: jax.jit(jax.value_and_grad(f))(parameters(student), teacher)
-    (value, grads), (expected, expected_grads) = ask(in_parts), ask(at_once)
-    assert_close(np.float32(value), np.float32(expected))
-    assert float(expected) > 1
+    weights = {name: parameters(models.student)[name] for name in head}
+    answers = [
+        jax.jit(jax.value_and_grad(functools.partial(ask, of), (0, 1), has_aux=True))(
+            spread[1], weights
+        )
+        for of in (in_parts, plain)
+    ]
+    ((_, values), grads), ((_, expected), expected_grads) = answers
+    assert float(jnp.max(expected[0])) > 0.5
+    assert_close(values, expected)
     assert_close(grads, expected_grads, GRADIENT)
 
 
 def test_no_logits_of_the_whole_vocabulary_ever_stand_in_memory(asked):
-    teacher, student = model(ATTENTION, 1), model(gla.Config(heads=2), 2)
-    size = functools.partial(losses.divergence, size=5)
+    models = Models(model(ATTENTION, 1), model(ATTENTION, 2))
     hidden = jnp.ones((2, 12, 16))
-    f = lambda h: sum(map(jnp.sum, size(Models(teacher, student), hidden, h, asked.labels)))
+    f = lambda h: sum(map(jnp.sum, losses.divergence(models, hidden, h, asked.labels, size=5)))
     program = str(jax.make_jaxpr(jax.grad(f))(hidden))
     assert "f32[2,12,5]" in program and f"[2,12,{VOCAB}]" not in program
 
 
-@pytest.fixture(scope="module")
-def layers(asked):
-    """loss -> its Loss and gradients by the student's weights, of one teacher and student."""
-    teacher, student = model(ATTENTION, 1), model(gla.Config(heads=2), 2)
+GLA, WINDOW = gla.Config(heads=2), dataclasses.replace(ATTENTION, window=4)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def ask(loss, params, asked):
-        total = lambda params: (lambda t: (t.nats, t))(
-            loss(Models(teacher, bind(student, params)), asked)
-        )
+
+@pytest.fixture(scope="module")
+def ask():
+    """ask(loss, mixer, asked) -> gradients by the student's weights, and the Loss"""
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def ask(loss, mixer, params, teacher, asked):
+        def total(params):
+            skeleton = jax.eval_shape(lambda: model(mixer))
+            found = loss(Models(teacher, bind(skeleton, params)), asked)
+            return found.nats, found
+
         return jax.grad(total, has_aux=True)(params)
 
-    return lambda loss, asked: ask(loss, parameters(student), asked)
+    teacher = model(ATTENTION, 1)
+    return lambda loss, mixer, asked: ask(loss, mixer, parameters(model(mixer, 2)), teacher, asked)
 
 
-def test_the_layer_loss_is_each_mixer_on_what_the_teachers_reads(asked, layers):
-    teacher, student = model(ATTENTION, 1), model(gla.Config(heads=2), 2)
+def test_the_layer_loss_is_each_mixer_on_what_the_teachers_reads(asked, ask):
+    teacher, student = model(ATTENTION, 1), model(GLA, 2)
     counts = np.asarray(asked.weights > 0)
 
     @jax.jit
@@ -114,7 +126,7 @@ def test_the_layer_loss_is_each_mixer_on_what_the_teachers_reads(asked, layers):
         return found
 
     relative = [np.sum(e * counts) / np.sum(s * counts) for e, s in errors(teacher, student)]
-    _, total = layers(losses.layer, asked)
+    _, total = ask(losses.layer, GLA, asked)
     assert set(total.seen) == {"layer_1", "layer_2"}
     tokens = float(total.tokens)
     assert tokens == counts.sum() == 4 + 7 + 8
@@ -123,22 +135,25 @@ def test_the_layer_loss_is_each_mixer_on_what_the_teachers_reads(asked, layers):
     assert_close(np.float32(total.nats / tokens), np.float32(np.mean(relative)))
 
 
-def test_the_layer_loss_trains_mixers_alone(asked, layers):
-    grads, _ = layers(losses.layer, asked)
+def test_the_layer_loss_trains_mixers_alone(asked, ask):
+    grads, _ = ask(losses.layer, GLA, asked)
     moved = {name for name, g in grads.items() if np.any(np.asarray(g))}
     assert moved and all(name.startswith("blocks.0.mixer.") for name in moved)
 
 
-@pytest.mark.parametrize("loss", [losses.layer, losses.hidden, losses.kl(), losses.ce])
-def test_padding_counts_nowhere(asked, layers, loss):
+@pytest.mark.parametrize(
+    "loss, mixer",
+    [(losses.layer, GLA), (losses.hidden, WINDOW), (losses.kl(), WINDOW)],
+    ids=["layer", "hidden", "kl"],
+)
+def test_padding_counts_nowhere(asked, ask, loss, mixer):
     other = asked._replace(tokens=jnp.where(asked.segment_ids > 0, asked.tokens, 7))
-    for one, another in zip(
-        *(jax.tree.leaves(layers(loss, a)) for a in (asked, other)), strict=True
-    ):
+    answers = (jax.tree.leaves(ask(loss, mixer, batch)) for batch in (asked, other))
+    for one, another in zip(*answers, strict=True):
         np.testing.assert_array_equal(one, another)
 
 
-@pytest.mark.parametrize("loss", [losses.layer, losses.hidden, losses.kl()])
+@pytest.mark.parametrize("loss", [losses.layer, losses.kl()], ids=["layer", "kl"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(asked, loss):
     teacher = model(ATTENTION, 1)
     same = {"implementation": "xla"}  # another config, the same numbers

@@ -98,19 +98,37 @@ def test_lines_too_long_for_a_distance_and_text_too_short_are_refused():
         recall.examples(BYTES, BYTES.encode(TEXT[:300]), 256, count=1)
 
 
-def test_what_is_written_says_the_same_value_of_a_name_all_through_a_document(tmp_path):
+@pytest.fixture
+def code(tmp_path):
     (tmp_path / "code.py").write_text(TEXT)
-    source, file = Text(files=(str(tmp_path / "code.py"),)), tmp_path / "made" / "recall.jsonl"
-    recall.write(file, source, documents=5, length=600, gap=20, seed=3)
-    first = file.read_bytes()
+    return Text(files=(str(tmp_path / "code.py"),))
+
+
+def written(code, file, gap):
+    recall.write(file, code, documents=5, length=600, gap=gap, seed=3)
     documents = list(Documents(Jsonl(files=(str(file),))))
     assert [len(text) for text in documents] == [600] * 5 and len(set(documents)) == 5
-    for text in documents:
+    return documents
+
+
+def test_what_is_written_says_the_same_value_of_a_name_all_through_a_document(tmp_path, code):
+    for text in written(code, tmp_path / "scattered.jsonl", 20):
         lines = re.findall(r"\n([a-z]{4}) = (\d\d)\n", text)
         assert len(set(lines)) == len(dict(lines)) <= recall.PAIRS < len(lines)
-    file.unlink()
-    recall.write(file, source, documents=5, length=600, gap=20, seed=3)
-    assert file.read_bytes() == first
+
+
+def test_without_a_gap_a_short_piece_is_written_over_and_over(tmp_path, code):
+    sizes = set()
+    for text in written(code, tmp_path / "copies.jsonl", None):
+        sizes.add(next(n for n in range(1, 300) if text == (text[:n] * 600)[:600]))
+        assert re.search(r"\n[a-z]{4} = \d\d", text)
+    assert len(sizes) > 2
+
+
+def test_what_is_written_follows_from_its_arguments(tmp_path, code):
+    first = written(code, tmp_path / "made" / "recall.jsonl", 20)
+    assert written(code, tmp_path / "again.jsonl", 20) == first
+    assert written(code, tmp_path / "others.jsonl", 30) != first
 
 
 def test_text_too_short_to_write_lines_in_is_refused(tmp_path):

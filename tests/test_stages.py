@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from flax import nnx
 from seqlab import settings
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ConfigError, DataError
-from seqlab.layers.mixers import attention
+from seqlab.layers.mixers import attention, gated_delta_net
 from seqlab.linearize import stage as stages
 from seqlab.linearize.presets import PRESETS
 from seqlab.linearize.recipes import METHODS, Lora, Stage
@@ -26,7 +27,8 @@ from tests.runs import losses, rows, stored, tiny, write_texts
 
 STEPS, BATCH, LENGTH = 30, 4, 32
 FIELDS = {"track": Track(tensorboard=False), "checkpoint": Checkpoint(every=10)}
-LAYER = Stage("layer", "extra", STEPS * BATCH * LENGTH, lr=2e-2, length=LENGTH, batch=BATCH)
+ROWS = {"length": LENGTH, "batch": BATCH, "schedule": "constant"}
+LAYER = Stage("layer", "extra", STEPS * BATCH * LENGTH, lr=2e-2, **ROWS)
 LORA = dataclasses.replace(
     LAYER, loss="ce", train="lora", tokens=3 * BATCH * LENGTH, lr=1e-2, lora=Lora(rank=2)
 )
@@ -37,21 +39,29 @@ def data(tmp_path_factory):
     return tiny(write_texts(tmp_path_factory.mktemp("texts") / "texts")).data
 
 
+def swapped(preset: str):
+    """A teacher of random weights, and a student with another mixer in the place of attention."""
+    layer = attention.Config(heads=2, max_length=LENGTH)
+    config = lm.Config(vocab=257, d_model=32, pattern=(layer,), repeats=2, ffn=None, remat="none")
+    teacher = config.build(rngs=nnx.Rngs(0))
+    return swap(teacher, functools.partial(PRESETS[preset], window=4), rngs=nnx.Rngs(1))
+
+
 @pytest.fixture(scope="module")
 def pair():
-    """A teacher of random weights, and LoLCATs in its place."""
-    layer = attention.Config(heads=2, max_length=LENGTH)
-    teacher = lm.Config(vocab=257, d_model=32, pattern=(layer,), repeats=2).build(rngs=nnx.Rngs(0))
-    return swap(teacher, functools.partial(PRESETS["lolcats"], window=4), rngs=nnx.Rngs(1))
+    return swapped("lolcats")
 
 
 @pytest.fixture(scope="module")
 def run(data):
-    """run(pair, stage, folder) -> the pair after it"""
-    quiet = {"say": lambda text: None} | FIELDS
-    return lambda pair, stage, folder, **fields: stages.run(
-        pair, stage, data, folder, **quiet | fields
-    )
+    """run(pair, stage, folder) -> the pair after it; nothing is held out unless it is evaluated"""
+    quiet = {"say": lambda text: None, "evaluate_every": 0} | FIELDS
+
+    def run(pair, stage, folder, **fields):
+        here = data if "evaluate_every" in fields else dataclasses.replace(data, held_out=())
+        return stages.run(pair, stage, here, folder, **quiet | fields)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +109,9 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(run, whole, pair, tmp
 
     monkeypatch.setattr(state, "place", interrupting)
     with pytest.raises(stages.Stopped, match="not finished") as stopped:
-        run(pair, LAYER, tmp_path / "run", evaluate_every=0)
+        run(pair, LAYER, tmp_path / "run")
     assert stopped.value.code == 0
-    after = run(pair, LAYER, tmp_path / "run", evaluate_every=0)
+    after = run(pair, LAYER, tmp_path / "run")
     assert bits(after.student) == bits(whole[1].student)
     assert losses(tmp_path / "run") == losses(whole[0])
 
@@ -115,7 +125,7 @@ def test_a_finished_stage_is_seen_to_be_done(run, whole, pair):
     with pytest.raises(
         ConfigError, match=r"differs in stage.loss \(was \"layer\", is \"hidden\"\)"
     ):
-        run(pair, other, whole[0])
+        run(pair, other, whole[0], evaluate_every=10)
 
 
 def test_a_second_stage_trains_adapters_and_merges_them(run, whole, tmp_path):
@@ -128,27 +138,41 @@ def test_a_second_stage_trains_adapters_and_merges_them(run, whole, tmp_path):
     assert "bits_per_byte" in rows(tmp_path / "2-ce")[0]
 
 
+def test_adapters_stand_beside_whichever_maps_have_the_part_that_is_named():
+    pattern = (gated_delta_net.Config(), attention.Config())
+    config = lm.Config(vocab=257, d_model=32, pattern=pattern)
+    build = lambda: stages.adapted(config.build(rngs=nnx.Rngs(0)), LORA)
+    names = {n for n in parameters(jax.eval_shape(build)) if n.endswith(".lora_a")}
+    maps = ("0.mixer.qkv", "1.mixer.q", "1.mixer.k", "1.mixer.v")
+    assert names == {f"blocks.{name}.lora_a" for name in maps}
+
+
 def test_a_mesh_trains_a_stage_as_one_device_does(run, whole, pair, tmp_path):
-    few = dataclasses.replace(LAYER, tokens=4 * BATCH * LENGTH, schedule="constant")
-    after = run(pair, few, tmp_path / "two", mesh=Mesh(data=2), evaluate_every=0)
-    run(pair, few, tmp_path / "one", evaluate_every=0)
-    one, two = (np.float32(losses(tmp_path / name)) for name in ("one", "two"))
+    few = dataclasses.replace(LAYER, tokens=4 * BATCH * LENGTH)
+    after = run(pair, few, tmp_path / "two", mesh=Mesh(data=2))
+    one, two = np.float32(losses(whole[0])[:4]), np.float32(losses(tmp_path / "two"))
     assert_close(two, one, GRADIENT)
+    assert not any(a.is_deleted() for a in parameters(pair.student).values())
+    assert not any(a.is_deleted() for a in parameters(pair.student).values())
     places = {a.sharding for a in parameters(after.student).values()}
     assert places == {a.sharding for a in parameters(pair.student).values()}
 
 
-def test_all_of_a_narrow_student_trains_in_float32_towards_its_teacher(run, pair, tmp_path):
+def test_all_of_a_narrow_student_trains_in_float32_towards_its_teacher(run, tmp_path):
     narrow = lambda model: bind(
         model, {n: a.astype(jnp.bfloat16) for n, a in parameters(model).items()}
     )
+    pair = swapped("swa")
     pair = pair._replace(teacher=narrow(pair.teacher), student=narrow(pair.student))
     before = bits(pair.teacher)
-    few = dataclasses.replace(LAYER, loss="kl", train="all", tokens=4 * BATCH * LENGTH, lr=1e-3)
+    fields = {"loss": "kl", "train": "all", "w_kl": 0.5, "w_ce": 0.25, "lr": 1e-3}
+    few = dataclasses.replace(LAYER, tokens=4 * BATCH * LENGTH, **fields)
     after = run(pair, few, tmp_path / "kl", evaluate_every=2)
     assert {a.dtype.name for a in parameters(after.student).values()} == {"bfloat16"}
     assert bits(pair.teacher) == before and bits(after.student) != bits(pair.student)
     assert losses(tmp_path / "kl")[-1] < losses(tmp_path / "kl")[0]
+    first = rows(tmp_path / "kl")[0]
+    assert first["loss"] == pytest.approx(0.5 * first["kl"] + 0.25 * first["ce"], rel=1e-5)
     assert {"held_out_kl", "held_out_loss"} <= set(rows(tmp_path / "kl")[-1])
 
 

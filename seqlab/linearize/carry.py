@@ -6,6 +6,7 @@ are one in the new mixer (its qkv, say) are joined. A mixer says in `Mixer.proje
 maps these are.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -39,11 +40,11 @@ class Source(NamedTuple):
 
     def array(self, held: Mapping[str, jax.Array]) -> jax.Array:
         """The weight, from the teacher's; where it stays as it is, the very same array."""
-        if self.axis is None:
-            return held[self.parts[0].name]
-        return jnp.concatenate([self._cut(held[p.name], p) for p in self.parts], self.axis)
+        arrays = tuple(held[part.name] for part in self.parts)
+        return arrays[0] if self.axis is None else _joined(self, arrays)
 
-    def _cut(self, array: jax.Array, part: Part) -> jax.Array:
+    def cut(self, array: jax.Array, part: Part) -> jax.Array:
+        """One stretch of one of the teacher's weights."""
         last = jnp.moveaxis(array, self.axis or -1, -1)
         if part.times > 1:
             by_head = last.reshape(*last.shape[:-1], -1, self.head_dim)
@@ -53,6 +54,13 @@ class Source(NamedTuple):
     def under(self, prefix: str) -> "Source":
         """The same where the teacher's names begin with a prefix."""
         return self._replace(parts=tuple(p._replace(name=prefix + p.name) for p in self.parts))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _joined(source: Source, arrays: tuple[jax.Array, ...]) -> jax.Array:
+    """Compiled, so that the stretches are never arrays."""
+    parts = zip(arrays, source.parts, strict=True)
+    return jnp.concatenate([source.cut(array, part) for array, part in parts], source.axis)
 
 
 def sources(old: Any, new: Mixer, name: str) -> dict[str, Source]:

@@ -5,6 +5,7 @@ What a softmax layer still sees and a window does not. `write` makes text to lea
 """
 
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ CHANCE = 1 / PAIRS  # of a model that knows which values the text gave, but not 
 
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 _VALUES = 100  # of two digits
+_SPARE = 2000  # characters of a text, at its end, where no piece begins
+PIECE = 12  # characters of text between the lines of what is to be copied
 _ROWS = 8  # that a model reads at once
 
 
@@ -51,40 +54,57 @@ def write(
     *,
     documents: int,
     length: int,
-    gap: int,
+    gap: int | None,
     seed: int = 0,
 ) -> None:
     """JSON lines for `train.sources.Jsonl`: the text of `source` with lines of `pairs` in it.
 
-    A document has `length` ASCII characters and one table of pairs; between two of its lines are
-    0 to 2 `gap` characters of text, and every line but the first of a name can be told from it.
-    The file is the same for the same arguments, and stays as it is where it is there already.
+    A document has `length` ASCII characters and one table of pairs, whose lines come round and
+    round, so that all values but the first of each can be told. Between two of them are 0 to 2 g
+    characters of text, g being drawn from 0 to `gap` for each document. With gap None a document is
+    one short piece over and over, text and lines: of almost every token a model then learns that it
+    can be copied, which it finds out sooner than recall, and needs for it. Pieces differ in length,
+    or it would learn to look back so many tokens. The file is the same for the same arguments, and
+    stays as it is where it is there already.
     """
     path = pathlib.Path(path)
     if path.exists():
         return
     rng, filler = np.random.default_rng(seed), _ascii(source)
-    if len(filler) < length:
+    if len(filler) < length + _SPARE:
         raise DataError(
             f"Source {source.name!r} has {len(filler)} ASCII characters, too few to put around "
             f"recall lines in documents of {length}: give more text."
         )
-    texts = (_document(rng, filler, length, gap) for _ in range(documents))
+    one = _copies if gap is None else functools.partial(_scattered, gap=gap)
+    texts = (one(rng, filler, length)[:length] for _ in range(documents))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     part.rename(path)
 
 
-def _document(rng: np.random.Generator, filler: str, length: int, gap: int) -> str:
-    table, at = pairs(rng), int(rng.integers(len(filler) - length + 1))
-    pieces, size = [], 0
-    while size < length:
+def _copies(rng: np.random.Generator, filler: str, length: int) -> str:
+    """Up to PAIRS lines with a few characters of text around them, over and over."""
+    table = pairs(rng)[: int(rng.integers(1, PAIRS + 1))]
+    at, piece = int(rng.integers(len(filler) - _SPARE)), ""
+    for line in (*map(_line, table), ""):
+        start, at = at, at + int(rng.integers(PIECE))
+        piece += filler[start:at] + line
+    return piece * length
+
+
+def _scattered(rng: np.random.Generator, filler: str, length: int, gap: int) -> str:
+    table, at = itertools.cycle(pairs(rng)), int(rng.integers(len(filler) - length + 1))
+    text, gap = "", int(rng.integers(gap + 1))
+    while len(text) < length:
         start, at = at, at + int(rng.integers(2 * gap + 1))
-        name, value = table[rng.integers(PAIRS)]
-        pieces.append(f"{filler[start:at]}\n{name} = {value}\n")
-        size += len(pieces[-1])
-    return "".join(pieces)[:length]
+        text += filler[start:at] + _line(next(table)) + "\n" * (gap > 0)
+    return text
+
+
+def _line(pair: Pair) -> str:
+    return f"\n{pair.name} = {pair.value}"
 
 
 def _ascii(source: Text | Jsonl) -> str:

@@ -256,7 +256,7 @@ def _over_depth(period, stream, stacks, config: Config):
     if config.unroll < config.repeats:
         return jax.lax.scan(period, stream, stacks, unroll=config.unroll)
     leaves, tree = jax.tree.flatten(stacks)
-    ones = (1,) * config.repeats
+    ones = (1,) * len(leaves[0])  # decoding has one period after the other as patterns of one
     after = []
     for parts in zip(*(jax.lax.split(leaf, ones) for leaf in leaves), strict=True):
         stream, ys = period(stream, tree.unflatten([part[0] for part in parts]))

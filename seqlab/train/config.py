@@ -77,8 +77,9 @@ class Config:
 
     steps          optimizer steps; each sees data.batch rows of data.length tokens
     objective      what is trained for: the next token, or a prefix (see `train.objective`)
-    start          a saved or published model, or a run, whose weights this run begins with (it is
-                   read once: a run that goes on does so from its own); None draws them
+    start          a saved or published model, or a run, whose weights this run begins with; `model`
+                   is then its config (`store.load_config`); it is read once, and not by a run that
+                   goes on; None draws the weights
     accumulate     parts that a batch is cut in, to fit memory; the result is the same
     evaluate_every steps between evaluations on data.held_out; 0 is only at the end
     samples        prompts continued by `sample_tokens` tokens at the end, for the report

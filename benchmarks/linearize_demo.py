@@ -1,0 +1,205 @@
+"""Every way to linearize, on one small teacher: what is left of its text and of its recall.
+
+    python -m benchmarks.linearize_demo            # a quarter of an hour on two cores
+    python -m benchmarks.linearize_demo --go-on    # keep what an interrupted run has finished
+    python -m benchmarks.linearize_demo --draw     # the pictures alone, from results/linearize.json
+
+The teacher is a transformer over bytes, behind one short convolution: with it, copying is found
+out sooner. It learns that from short pieces of text said over and over, then from lines of a
+table with little between them; then it reads the standard library's sources, and in a tenth of its
+rows such lines far from one another. It is trained once and stays in runs/linearize_demo/teacher;
+students are made anew.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+import time
+from typing import Any
+
+from flax import nnx
+
+import benchmarks.record as record
+from benchmarks import linearize_pictures as pictures
+from benchmarks.linearize import milliseconds, with_room
+from seqlab import heap
+from seqlab.layers import ffn
+from seqlab.layers.mixers import attention, gated_conv
+from seqlab.linearize import recall, stage
+from seqlab.linearize.measure import Judge
+from seqlab.linearize.presets import PRESETS
+from seqlab.linearize.recipes import METHODS, Stage
+from seqlab.linearize.swap import swap
+from seqlab.models import lm
+from seqlab.models.parameters import parameters
+from seqlab.models.summary import state_bytes
+from seqlab.models.tokenizer import ByteTokenizer
+from seqlab.parallel.mesh import use_mesh
+from seqlab.train.config import Checkpoint, Config, Optimizer
+from seqlab.train.data import Data
+from seqlab.train.held_out import held_out_batches, held_out_text
+from seqlab.train.loop import train
+from seqlab.train.sources import Jsonl, Text
+
+OUT = pathlib.Path("runs/linearize_demo")
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+METHOD_NAMES = "swa", "swa_sink", "liger", "lolcats", "lizard", "lizard_rope", "hedgehog"
+WINDOW, SINKS, LENGTH = 64, 4, 1024  # tokens
+HELD_OUT_ROWS = 16
+CONTEXTS = 1024, 8192  # tokens read before decoding is timed
+RECOVERED = dict.fromkeys(("liger", "lolcats", "lizard_rope"), 0.95)  # at least
+ABOVE = 0.25  # by which some recall beyond the window is above the untrained window's
+MINUTES = 15
+
+#: What the papers give for billions of parameters and 20M tokens, made fit for a thousandth.
+FEWER = {"tokens": 196_608, "length": LENGTH, "batch": 4, "warmup": 0.1, "schedule": "cosine"}
+RATES = {"layer": 1e-2, "ce": 2e-3}
+
+STDLIB: dict[str, Any] = {"files": ("python:stdlib",), "held_out": 0.03}
+BYTES = ByteTokenizer()
+
+MODEL = lm.Config(
+    vocab=BYTES.vocab,
+    d_model=128,
+    before=(gated_conv.Config(conv_width=8),),
+    pattern=(attention.Config(heads=4, kv_heads=2, max_length=LENGTH),),
+    repeats=4,
+    ffn=ffn.Config(ratio=8 / 3),
+    unroll=4,
+)
+
+
+def main(options: list[str]) -> int:
+    if "--draw" in options:
+        told = json.loads((record.RESULTS / "linearize.json").read_text())
+        pictures.draw(DOCS, told["rows"])
+        return 0
+    heap.keep()
+    began = time.monotonic()
+    if "--go-on" not in options:
+        shutil.rmtree(OUT / "students", ignore_errors=True)
+    minutes = lambda: (time.monotonic() - began) / 60
+    say = lambda name: print(f"{name} is done after {minutes():.1f} minutes", flush=True)
+    teacher, data = taught()
+    say("The teacher")
+    with use_mesh() as mesh:
+        filler = BYTES.encode(held_out_text(data).decode())
+        ask = lambda model: recall.recall(model, BYTES, filler, count=32, say=lambda text: None)
+        judge = Judge(held_out_batches(data, BYTES), mesh, ask)
+        rows = [of_teacher(teacher, judge)]
+        for name in METHOD_NAMES:
+            rows.append(of_student(name, teacher, data, judge))
+            rows[-1]["recovered"] = rows[0]["perplexity"] / rows[-1]["perplexity"]
+            say(name)
+    for folder in (OUT, DOCS):
+        pictures.draw(folder, rows)
+    return record.record("linearize", rows, claims(rows, minutes()))
+
+
+def taught() -> tuple[lm.LM, Data]:
+    """The teacher, and what it learnt last: what is there of it already is kept."""
+    folder, betas = OUT / "teacher", (0.9, 0.98)
+    copying = mixture("copying", 128, 0.75, documents=8000, gap=None)
+    lines = mixture("lines", 512, 0.75, documents=3000, gap=60)
+    text = mixture("text", LENGTH, 0.1, documents=1000, gap=200)
+    constant = Optimizer(lr=5e-3, betas=betas, warmup=30, schedule="constant")
+    train(lesson(copying, 400, constant), folder / "copying")
+    lower = dataclasses.replace(constant, lr=3e-3, warmup=10)
+    train(lesson(lines, 150, lower, start=str(folder / "copying")), folder / "lines")
+    cosine = Optimizer(lr=3e-3, betas=betas, warmup=30)
+    last = lesson(text, 240, cosine, start=str(folder / "lines"))
+    return train(last, folder / "text").model, text
+
+
+def lesson(data: Data, steps: int, optimizer: Optimizer, **fields: Any) -> Config:
+    every = {"evaluate_every": 0, "checkpoint": Checkpoint(every=50)}
+    return Config(MODEL, data, steps, optimizer, **every, **fields)
+
+
+def mixture(name: str, length: int, share: float, **asked: Any) -> Data:
+    """The library's sources, and `share` of the rows documents of recall lines, a row long."""
+    file, text = (
+        OUT / f"{name}.jsonl",
+        Text(**STDLIB, part="train", weight=1 - share, name="stdlib"),
+    )
+    recall.write(file, text, length=length - 2, **asked)
+    return Data(
+        train=(text, Jsonl((str(file),), weight=share, name="recall")),
+        held_out=(Text(**STDLIB, part="held_out", name="stdlib"),),
+        length=length,
+        batch=4 * LENGTH // length,
+        held_out_rows=HELD_OUT_ROWS * LENGTH // length,
+    )
+
+
+def of_teacher(teacher: lm.LM, judge: Judge) -> dict[str, Any]:
+    figures = judge.teacher(teacher)
+    row = dict.fromkeys(("new", "trained", "tokens"), 0)
+    row |= dict.fromkeys(("at the swap", "after stage 1", "after stage 2"))
+    times = [milliseconds({"": with_room(teacher, n + LENGTH)}, n)[""] for n in CONTEXTS]
+    return measured("teacher", row, figures, teacher, times) | {"recovered": 1.0}
+
+
+def of_student(name: str, teacher: lm.LM, data: Data, judge: Judge) -> dict[str, Any]:
+    """One method: its swap, its stages, and what was measured before and after each."""
+    method, window = METHODS[name], WINDOW - SINKS if name == "swa_sink" else WINDOW
+    window = {} if name == "hedgehog" else {"window": window}
+    target = lambda mixer: PRESETS[method.target](mixer, **window)
+    pair = swap(teacher, target, rngs=nnx.Rngs(0))
+    found, trained, tokens = [judge.student(pair)], 0, 0
+    for number, one in enumerate(map(shortened, method.stages), 1):
+        adapted = stage.adapted(pair.student, one)
+        names = stage.trained(pair, adapted, one)
+        trained += sum(parameters(adapted)[n].size for n in names)
+        folder = OUT / "students" / name / f"{number}-{one.loss}"
+        pair = stage.run(pair, one, data, folder, evaluate_every=one.steps // 4)
+        tokens += one.tokens
+        found.append(judge.student(pair, tokens))
+    after = [figures.perplexity for figures in found] + [None] * (3 - len(found))
+    row = {
+        "new": sum(parameters(pair.student)[n].size for n in pair.extra),
+        "trained": trained,
+        "tokens": tokens,
+        **dict(zip(("at the swap", "after stage 1", "after stage 2"), after, strict=True)),
+    }
+    times = [milliseconds({"": pair.student}, n)[""] for n in CONTEXTS]
+    return measured(name, row, found[-1], pair.student, times)
+
+
+def shortened(one: Stage) -> Stage:
+    return dataclasses.replace(one, **FEWER, lr=RATES[one.loss])
+
+
+def measured(name: str, row: dict, figures, model: lm.LM, times: list[float]) -> dict[str, Any]:
+    return {
+        "method": name,
+        **row,
+        "perplexity": figures.perplexity,
+        "recovered": None,
+        **{f"recall {distance}": share for distance, share in figures.recall.items()},
+        "state bytes": state_bytes(model),
+        **{f"ms at {n}": ms for n, ms in zip(CONTEXTS, times, strict=True)},
+    }
+
+
+def claims(rows: list[dict], minutes: float) -> list[record.Claim]:
+    by_name = {row["method"]: row for row in rows}
+    made = []
+    for name, least in RECOVERED.items():
+        share, says = by_name[name]["recovered"], f"{name} recovers at least {least:.0%}"
+        made.append(record.Claim(says, f"{share:.1%}", share >= least))
+    for distance in recall.DISTANCES[1:]:
+        of = lambda name, distance=distance: by_name[name][f"recall {distance}"]
+        best, alone = max(METHOD_NAMES, key=of), of("swa_sink")
+        says = f"recall over {distance}: {best} well above the untrained window and sinks"
+        made.append(
+            record.Claim(says, f"{of(best):.0%} and {alone:.0%}", of(best) >= alone + ABOVE)
+        )
+    within = record.Claim(f"within {MINUTES} minutes", f"{minutes:.1f}", minutes <= MINUTES)
+    return [*made, within]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
