@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -151,7 +152,7 @@ def weight_shardings(
 def placed(array: Any, axes: tuple[str | None, ...]) -> jax.Array:
     """A weight with these logical axes where it goes on the ambient mesh; outside one, and while it
     is traced, as it is."""
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         return array
     mesh = jax.sharding.get_mesh()
     return array if mesh.empty else jax.device_put(array, weight_sharding(array.shape, axes, mesh))

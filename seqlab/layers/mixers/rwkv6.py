@@ -94,7 +94,7 @@ class RWKV6(Mixer):
 
     def init_state(self, batch: int) -> State:
         H, K = self.bonus.shape
-        memory = jnp.zeros((batch, H, K, self.norm.weight.shape[0] // H), jnp.float32)
+        memory = jnp.zeros((batch, H, K, self.out.weight.shape[0] // H), jnp.float32)
         return State(jnp.zeros((batch, self.mu.shape[0]), jnp.float32), memory)
 
     def mix(self, x, state: State, reset):

@@ -90,9 +90,8 @@ class RWKV7(Mixer):
         self.replacement = nnx.Param(jnp.full(D, 1.02), axes=("heads",))
         self.bonus = nnx.Param(jnp.full((c.heads, N), -0.04), axes=("heads", None), decay=False)
         self.norm = LayerNorm(D, eps=c.norm_eps, groups=c.heads)
-        self.norm.weight = nnx.Param(
-            jnp.full(D, ((c.layer + 1) / c.layers) ** 0.7), axes=self.norm.weight.axes
-        )
+        start = jnp.full(D, ((c.layer + 1) / c.layers) ** 0.7)
+        self.norm.weight = nnx.Param(start, axes=(None,))
         self.out = Linear(D, D, ("heads", "embed"), std=0.0, rngs=rngs)
 
     def init_state(self, batch: int) -> State:
