@@ -38,8 +38,8 @@ FEATURES = {
     "bf16": ("bfloat16 keeps a float32 state", "extreme inputs stay finite"),
     "data x seq x model": ("sharded equals one device",),
 }
-OWN = "shifts alone"  # what a mixer without a kernel does with time
-BESIDE = "precision", "experts", OWN  # what a kernel family may stand beside
+OWN = "no kernel"  # of mixers that shift tokens, or look positions up
+BESIDE = "precision", "experts", "decay", "soft_cap", OWN  # what a kernel family may stand beside
 SPLIT = ("routed",)  # not a recurrence of its own, and has a transition all the same
 Verdicts = Callable[[str], Mapping[str, bool | None]]  # of a mixer's name: property -> verdict
 

@@ -4,10 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from seqlab.errors import ModelError
 from seqlab.kernels.attention import attention_with_lse
+from seqlab.layers.document_length import refuse_overflow
 from seqlab.parallel.halo import with_halo
 
 Pair = tuple[jax.Array, jax.Array]
@@ -127,18 +126,6 @@ class Ring(NamedTuple):
         if self.limit is None:
             return y
         return jnp.where((position < self.limit)[..., None], y, jnp.nan)
-
-
-def refuse_overflow(position: jax.Array, limit: int, holder: str, instead: str = "") -> None:
-    """Raises ModelError, which begins with `holder`, if it can be known that positions [B, T] are
-    not all below a limit."""
-    T, traced = position.shape[1], isinstance(position, Tracer)
-    length = T if traced else max(T, int(position.max()) + 1)
-    if length > limit:
-        raise ModelError(
-            f"{holder} with max_length={limit} cannot hold {length} tokens: shorten the document, "
-            f"or give the config a larger max_length{instead}."
-        )
 
 
 def _later(new: jax.Array, before: jax.Array) -> Pair:

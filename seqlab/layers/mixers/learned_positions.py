@@ -11,8 +11,8 @@ from flax import nnx
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
+from seqlab.layers.document_length import refuse_overflow
 from seqlab.layers.mixer import Mixer
-from seqlab.layers.ring import refuse_overflow
 from seqlab.layers.rope import positions
 from seqlab.settings import STRICT, PositiveFinite
 
