@@ -102,12 +102,12 @@ def taught() -> tuple[lm.LM, Data]:
     """The teacher, and what it learnt last: what is there of it already is kept."""
     folder, betas = OUT / "teacher", (0.9, 0.98)
     copying = mixture("copying", 128, 0.75, documents=8000, gap=None)
-    lines = mixture("lines", 512, 0.75, documents=3000, gap=60)
+    lines = mixture("lines", 128, 0.8, documents=8000, gap=4)
     text = mixture("text", LENGTH, 0.1, documents=1000, gap=200)
     constant = Optimizer(lr=5e-3, betas=betas, warmup=30, schedule="constant")
-    train(lesson(copying, 400, constant), folder / "copying")
+    train(lesson(copying, 300, constant), folder / "copying")
     lower = dataclasses.replace(constant, lr=3e-3, warmup=10)
-    train(lesson(lines, 150, lower, start=str(folder / "copying")), folder / "lines")
+    train(lesson(lines, 250, lower, start=str(folder / "copying")), folder / "lines")
     cosine = Optimizer(lr=3e-3, betas=betas, warmup=30)
     last = lesson(text, 240, cosine, start=str(folder / "lines"))
     return train(last, folder / "text").model, text

@@ -5,7 +5,6 @@ What a softmax layer still sees and a window does not. `write` makes text to lea
 """
 
 import functools
-import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -59,9 +58,9 @@ def write(
 ) -> None:
     """JSON lines for `train.sources.Jsonl`: the text of `source` with lines of `pairs` in it.
 
-    A document has `length` ASCII characters and one table of pairs, whose lines come round and
-    round, so that all values but the first of each can be told. Between two of them are 0 to 2 g
-    characters of text, g being drawn from 0 to `gap` for each document. With gap None a document is
+    A document has `length` ASCII characters and one table of pairs, whose lines come once each and
+    then at random, so that all values but the first of each can be told. Between two of them are 0
+    to 2 g characters, g being drawn from 0 to `gap` for each document. With gap None a document is
     one short piece over and over, text and lines: of almost every token a model then learns that it
     can be copied, which it finds out sooner than recall, and needs for it. Pieces differ in length,
     or it would learn to look back so many tokens. The file is the same for the same arguments, and
@@ -95,11 +94,13 @@ def _copies(rng: np.random.Generator, filler: str, length: int) -> str:
 
 
 def _scattered(rng: np.random.Generator, filler: str, length: int, gap: int) -> str:
-    table, at = itertools.cycle(pairs(rng)), int(rng.integers(len(filler) - length + 1))
-    text, gap = "", int(rng.integers(gap + 1))
+    """Every line once, then any: in an order of their own, the one before would tell the next."""
+    table, at = pairs(rng), int(rng.integers(len(filler) - length + 1))
+    first, text, gap = list(table), "", int(rng.integers(gap + 1))
     while len(text) < length:
         start, at = at, at + int(rng.integers(2 * gap + 1))
-        text += filler[start:at] + _line(next(table)) + "\n" * (gap > 0)
+        pair = first.pop() if first else table[int(rng.integers(PAIRS))]
+        text += filler[start:at] + _line(pair) + "\n" * (gap > 0)
     return text
 
 
