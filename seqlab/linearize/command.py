@@ -4,6 +4,7 @@ import pathlib
 
 from rich.console import Console
 
+from seqlab.errors import ConfigError
 from seqlab.linearize import dry_run, pipeline, report
 from seqlab.linearize.checks import checked
 from seqlab.linearize.request import Request
@@ -19,8 +20,10 @@ def run(
 ) -> None:
     """Linearize, or with `dry` only say what that would do; prints tables."""
     console = console or Console(highlight=False)
+    if to is not None and to.absolute() == out.absolute():
+        raise ConfigError(f"--out and --export are both {out}: give the export another folder.")
     if dry:
-        dry_run.show(request, checked(request, to), console)
+        dry_run.show(request, checked(request, to), console, exports=to is not None)
         return
     record = pipeline.linearize(request, out, to=to, say=console.print)
     console.print(report.table(record))

@@ -9,12 +9,12 @@ from seqlab.linearize.request import Request
 from seqlab.train import readable
 
 
-def show(request: Request, found: Estimate, console: Console) -> None:
-    """Print what an estimate found."""
+def show(request: Request, found: Estimate, console: Console, *, exports: bool = False) -> None:
+    """Print what an estimate found, of a linearization that exports its student or does not."""
     console.print(_changes(request, found))
     if request.stages:
         console.print(_stages(request, found))
-    console.print(_needs(found))
+    console.print(_needs(found, exports))
 
 
 def _changes(request: Request, found: Estimate) -> Table:
@@ -25,8 +25,8 @@ def _changes(request: Request, found: Estimate) -> Table:
     return table
 
 
-def _needs(found: Estimate) -> Table:
-    size = readable.size
+def _needs(found: Estimate, exports: bool) -> Table:
+    size, disk = readable.size, found.disk_bytes + exports * found.student_bytes
     table = _table("What it comes to", "", "")
     for name, value in (
         ("parameters of the teacher", f"{found.parameters:,}"),
@@ -35,7 +35,7 @@ def _needs(found: Estimate) -> Table:
         ("KV cache that it replaces, per token", size(found.cache_bytes)),
         ("so the state is smaller from", f"{found.break_even:,} tokens on"),
         ("memory, without activations", size(found.memory_bytes)),
-        ("disk, without an export", size(found.disk_bytes)),
+        ("disk, " + ("with the export" if exports else "without an export"), size(disk)),
     ):
         table.add_row(name, value)
     return table
@@ -48,7 +48,7 @@ def _stages(request: Request, found: Estimate) -> Table:
             f"{number} {stage.loss}",
             stage.train,
             readable.count(trained),
-            readable.count(stage.tokens),
+            readable.count(stage.predicted),
             f"{stage.steps:,}",
             f"{stage.batch} x {stage.length:,}",
             f"{stage.lr:.3g}",

@@ -52,6 +52,8 @@ def linearize(
             say(f"{out} is finished.")
         else:
             record.estimate = found
+            if record.figures:
+                say(f"Going on in {out} after {report.label(list(record.figures)[-1])}.")
             _Run(request, record, mesh, say).go()
         if to is not None:
             say(f"{to} is there already." if to.exists() else convert.convert(out, to))
@@ -83,7 +85,7 @@ class _Run:
                 seed=r.seed,
                 evaluate_every=max(1, wanted.steps // EVALUATIONS),
             )
-            tokens += wanted.tokens
+            tokens += wanted.predicted
             self._figures(name, lambda pair=pair, tokens=tokens: judge.student(pair, tokens))
         store.save(
             pair.student, out / store.INNER, tokenizer=store.tokenizer_of(pathlib.Path(r.teacher))

@@ -80,6 +80,11 @@ class Stage:
         """How many predict the tokens; the last may predict a few more."""
         return math.ceil(self.tokens / (self.batch * self.length))
 
+    @property
+    def predicted(self) -> int:
+        """Tokens of all its steps."""
+        return self.steps * self.batch * self.length
+
     def require(self, held: int, name: str) -> None:
         """Raises DataError where data of so many tokens is too short for this stage, `name`."""
         if held * self.epochs < self.tokens:

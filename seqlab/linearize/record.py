@@ -54,7 +54,9 @@ class Record:
         self.finished = False
         if (folder / FILE).exists():
             self._read()
-        elif folder.exists() and (not folder.is_dir() or self._foreign()):
+        elif folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder: choose another path (--out).")
+        elif folder.exists() and self._foreign():
             raise ConfigError(
                 f"{folder} is not empty and holds no linearization: choose another folder (--out)."
             )

@@ -46,7 +46,8 @@ def sentence(record: Record, name: str) -> str:
 
 def rows(record: Record) -> list[list[str]]:
     """The head of a table of all figures, and its rows: what was not trained first."""
-    distances = sorted({d for found in record.figures.values() for d in found.recall})
+    held = record.figures[TEACHER].recall  # what the teacher cannot hold, nobody can have kept
+    distances = sorted(distance for distance, share in held.items() if share is not None)
     head = ["", "tokens", "perplexity", "recovered", "gap closed", "layer error"]
     table = [head + [f"recall {d}" for d in distances]]
     order = [TEACHER, BASELINE, SWAP, *_stages(record)]

@@ -72,7 +72,8 @@ def run_config(pair: Pair, stage: Stage, data: Data, **fields: Any) -> Config:
         if limit is not None and limit < stage.length:
             raise ConfigError(
                 f"A stage has length={stage.length} and the {who} holds max_length = {limit} "
-                "tokens: shorten the one or load the teacher with more."
+                f"tokens: give the stage length={limit} or less, or the teacher a longer "
+                "--max-length."
             )
     return Config(
         model=pair.student.config,
