@@ -10,7 +10,7 @@ PYTEST ?= -n auto --maxprocesses 4 --dist loadgroup
 help:
 	@echo "make demo   train a small hybrid model on Python's own library, then generate from it"
 	@echo "make linearize-demo"
-	@echo "            train a small transformer, then linearize it in every way; a quarter of an hour"
+	@echo "            train a small transformer, then linearize it in every way; twenty minutes"
 	@echo "make tasks  compare every mixer on associative recall; twenty minutes on two cores"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"

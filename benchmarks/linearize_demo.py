@@ -1,6 +1,6 @@
 """Every way to linearize, on one small teacher: what is left of its text and of its recall.
 
-    python -m benchmarks.linearize_demo            # a quarter of an hour on two cores
+    python -m benchmarks.linearize_demo            # about twenty minutes on two cores
     python -m benchmarks.linearize_demo --go-on    # keep what an interrupted run has finished
     python -m benchmarks.linearize_demo --draw     # the pictures alone, from results/linearize.json
 
