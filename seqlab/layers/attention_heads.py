@@ -5,6 +5,7 @@ normed queries and keys, Henry et al. (2020); the gate, Qiu et al. (2025);
 capped scores, Gemma Team (2024, Gemma 2).
 """
 
+import abc
 from typing import Annotated, Any, Literal
 
 import jax
@@ -92,10 +93,10 @@ class AttentionHeads(Mixer):
         self.out_norm = c.out_norm.build(c.heads * K) if c.out_norm else None
         self.out = Linear(c.heads * K, d_model, ("heads", "embed"), bias=c.out_bias, rngs=rngs)
 
+    @abc.abstractmethod
     def attend(self, x: jax.Array, state: Any, reset: jax.Array) -> tuple[jax.Array, Any]:
         """x [B, T, D], state, reset [B, T] -> what the heads say, side by side, [B, T, H * K] in
         the dtype of x, and the state after it."""
-        raise NotImplementedError(f"{type(self).__name__} must define attend(x, state, reset)")
 
     def leave(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """What becomes of `attend`'s y [B, T, H * K]: gated, normed, and projected [B, T, D]."""
