@@ -15,7 +15,8 @@ from seqlab.kernels.kept import kept
 
 
 class Form(Protocol):
-    """Hashable. A cotangent of bool tokens is None."""
+    """Hashable. Behind the tokens [B, T, ...] there may be weights that they share; a cotangent of
+    bool tokens is None."""
 
     def run(self, tokens: tuple, state) -> tuple[Any, Any]:
         """y and the state after the last token"""

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.errors import ModelError
-from seqlab.kernels.on_tpu.cost import estimate
+from seqlab.kernels.on_tpu.call import VMEM, call
 from seqlab.kernels.on_tpu.layout import (
     Grid,
     grid_of,
@@ -36,8 +36,7 @@ from seqlab.kernels.on_tpu.layout import (
 )
 
 WIDTHS = (64, 128, 256, 512)  # of keys and values
-#: Bytes of the vector memory a kernel may use: of 128 MiB on v5e, v5p and v6e, 64 MiB on tpu7x.
-VMEM = 48 * 2**20
+SEMANTICS = ("parallel", "parallel", "arbitrary", "arbitrary")
 
 
 class Chunk(Protocol):
@@ -110,12 +109,13 @@ def forward(chunk: Chunk, tokens, state, size: int, keep: bool, interpret=False)
     [N, B, H, K, V]."""
     grid, results = grid_of(tokens, size, backward=False), chunk.results(*tokens)
     kept = kept_block(grid, state)
-    *ys, last = _call(
+    *ys, last = call(
         functools.partial(_forward_kernel, chunk=chunk, grid=grid, tokens=shapes(tokens)),
-        grid,
+        grid.steps,
         [*laid(tokens, grid), (turned(state), state_block(grid, state))],
         [*to_lay(results, grid), *([kept] if keep else []), to_turn(state, grid)],
-        cost=(chunk.forward, [*tiles_of(tokens, grid), tile_of(state)]),
+        semantics=SEMANTICS,
+        cost=(chunk.forward, [*tiles_of(tokens, grid), tile_of(state)], grid.times),
         name=f"{chunk.name}_forward",
         interpret=interpret,
     )
@@ -129,19 +129,21 @@ def backward(chunk: Chunk, tokens, entering, d_results, d_state, size: int, inte
     shared = [a for a in floats if a.shape[2] < grid.all_heads and grid.inner > 1]
     given, d_given = shapes(tokens), shapes(d_results)
     _, kept = kept_block(grid, d_state)
-    *d, d_first = _call(
+    *d, d_first = call(
         functools.partial(
             _backward_kernel, chunk=chunk, grid=grid, tokens=given, d_results=d_given
         ),
-        grid,
+        grid.steps,
         [*laid(tokens, grid), (turned(entering), kept), *laid(d_results, grid)]
         + [(turned(d_state), state_block(grid, d_state))],
         [*to_lay(floats, grid), to_turn(d_state, grid)],
         [pltpu.VMEM((size, a.shape[3]), d_state.dtype) for a in shared],
+        semantics=SEMANTICS,
         cost=(
             chunk.backward,
             [*tiles_of(tokens, grid), tile_of(d_state)]
             + [*tiles_of(d_results, grid), tile_of(d_state)],
+            grid.times,
         ),
         name=f"{chunk.name}_backward",
         interpret=interpret,
@@ -251,36 +253,3 @@ def _write(ref, x, p: int):
     else:
         X = x.shape[1]
         ref[:, p * X : (p + 1) * X] = x.astype(ref.dtype)
-
-
-def _call(kernel, grid, inputs, outputs, scratch=(), *, cost, name, interpret):
-    """`inputs` are pairs of an array and its block, `outputs` of a shape and its block."""
-    arrays, in_specs = zip(*inputs, strict=True)
-    out_shape, out_specs = zip(*outputs, strict=True)
-    varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
-    arrays = [_varying(a, varying) for a in arrays]
-    varies = jax.typeof(arrays[0]).manual_axis_type
-    out_shape = [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=varies) for s in out_shape]
-    once, tiles = cost
-    times = math.prod(grid.steps) * grid.heads
-    return pl.pallas_call(
-        kernel,
-        grid=grid.steps,
-        in_specs=in_specs,
-        out_shape=out_shape,
-        out_specs=out_specs,
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=VMEM,
-        ),
-        cost_estimate=estimate(once, tiles, times, [*arrays, *out_shape]),
-        interpret=interpret,
-        name=name,
-    )(*arrays)
-
-
-def _varying(a, axes):
-    """The same values, typed as differing along these mesh axes."""
-    new = tuple(axes - jax.typeof(a).manual_axis_type.varying)
-    return lax.pcast(a, new, to="varying") if new else a

@@ -9,6 +9,7 @@ numbers. Only what has one number a head is turned, so that the tokens of a chun
     state    [B, H, K, V]       [V, K]: a decay a channel lies along rows
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,11 @@ class Grid(NamedTuple):
     @property
     def steps(self) -> tuple[int, int, int, int]:
         return self.B, self.outer, self.chunks, self.inner
+
+    @property
+    def times(self) -> int:
+        """How often a chunk of a head is worked on."""
+        return math.prod(self.steps) * self.heads
 
     @property
     def all_heads(self) -> int:
