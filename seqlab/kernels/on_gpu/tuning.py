@@ -10,7 +10,7 @@ import jax
 
 from seqlab.errors import ConfigError, nearest
 from seqlab.kernels.on_gpu import trust
-from seqlab.kernels.on_gpu.blocks import Blocks, Row, table
+from seqlab.kernels.on_gpu.blocks import Blocks, Row
 
 RUNS = 20  # of which the median counts
 
