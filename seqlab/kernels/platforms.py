@@ -36,12 +36,12 @@ class Forms(NamedTuple):
 
     default: Form
     tpu: Form | None = None
+    gpu: Form | None = None  # of NVIDIA
 
     def call(self, method: str, *args):
-        default = getattr(self.default, method)
-        if self.tpu is None:
-            return default(*args)
-        return lax.platform_dependent(*args, default=default, tpu=getattr(self.tpu, method))
+        default, own = getattr(self.default, method), {"tpu": self.tpu, "cuda": self.gpu}
+        forms = {name: getattr(form, method) for name, form in own.items() if form is not None}
+        return lax.platform_dependent(*args, default=default, **forms) if forms else default(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
