@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Literal
 
-import jax
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.kernels.on_tpu.cost import estimate
+from seqlab.kernels.varying import alike
 
 #: Bytes of the vector memory a kernel may use: of 128 MiB on v5e, v5p and v6e, 64 MiB on tpu7x.
 VMEM = 48 * 2**20
@@ -36,10 +35,7 @@ def call(
     """
     arrays, in_specs = zip(*inputs, strict=True)
     out_shape, out_specs = zip(*outputs, strict=True)
-    varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
-    arrays = [_varying(a, varying) for a in arrays]
-    varies = jax.typeof(arrays[0]).manual_axis_type
-    out_shape = [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=varies) for s in out_shape]
+    arrays, out_shape = alike(arrays, out_shape)
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -52,9 +48,3 @@ def call(
         interpret=interpret,
         name=name,
     )(*arrays)
-
-
-def _varying(a, axes):
-    """The same values, typed as differing along these mesh axes."""
-    new = tuple(axes - jax.typeof(a).manual_axis_type.varying)
-    return lax.pcast(a, new, to="varying") if new else a
