@@ -32,14 +32,17 @@ class Form(Protocol):
 
 
 class Forms(NamedTuple):
-    """`default` runs where there is none of a platform's own."""
+    """`default` runs where there is none of a platform's own. All keep states alike: as `tpu` says,
+    if it has a method `alike` that makes of a form one that does."""
 
     default: Form
     tpu: Form | None = None
     gpu: Form | None = None  # of NVIDIA
 
     def call(self, method: str, *args):
-        default, own = getattr(self.default, method), {"tpu": self.tpu, "cuda": self.gpu}
+        alike = getattr(self.tpu, "alike", lambda form: form)
+        gpu = self.gpu and alike(self.gpu)
+        default, own = getattr(alike(self.default), method), {"tpu": self.tpu, "cuda": gpu}
         forms = {name: getattr(form, method) for name, form in own.items() if form is not None}
         return lax.platform_dependent(*args, default=default, **forms) if forms else default(*args)
 

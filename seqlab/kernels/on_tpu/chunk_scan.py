@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.errors import ModelError
+from seqlab.kernels.on_tpu import narrow_states
 from seqlab.kernels.on_tpu.call import VMEM, call
 from seqlab.kernels.on_tpu.layout import (
     Grid,
@@ -75,6 +76,10 @@ class OnTPU(NamedTuple):
         d_y = tuple(jax.tree.leaves(d_y))
         return backward(self.chunk, tokens, entering, d_y, d_state, self.size, self.interpret)
 
+    def alike(self, form):
+        """What is kept of narrow keys is kept so on other platforms too."""
+        return narrow_states.Alike(form)
+
     def _forward(self, tokens, state, keep: bool):
         ys, state, entering = forward(self.chunk, tokens, state, self.size, keep, self.interpret)
         return (tuple(ys) if len(ys) > 1 else ys[0], state), entering
@@ -106,20 +111,23 @@ def require(name: str, tokens: tuple, state) -> None:
 
 def forward(chunk: Chunk, tokens, state, size: int, keep: bool, interpret=False):
     """The results, the state after the last token and, if `keep`, those that enter the chunks
-    [N, B, H, K, V]."""
+    [N, B, H, K, V], or as `narrow_states` has them."""
     grid, results = grid_of(tokens, size, backward=False), chunk.results(*tokens)
     kept = kept_block(grid, state)
     *ys, last = call(
-        functools.partial(_forward_kernel, chunk=chunk, grid=grid, tokens=shapes(tokens)),
+        functools.partial(
+            _forward_kernel, chunk=chunk, grid=grid, tokens=shapes(tokens), keep=keep
+        ),
         grid.steps,
         [*laid(tokens, grid), (turned(state), state_block(grid, state))],
         [*to_lay(results, grid), *([kept] if keep else []), to_turn(state, grid)],
+        narrow_states.room(state) if keep else [],
         semantics=SEMANTICS,
         cost=(chunk.forward, [*tiles_of(tokens, grid), tile_of(state)], grid.times),
         name=f"{chunk.name}_forward",
         interpret=interpret,
     )
-    entering = turned(ys.pop()) if keep else None
+    entering = narrow_states.turned(ys.pop(), *state.shape[2:]) if keep else None
     return list(map(restored, ys, results)), turned(last), entering
 
 
@@ -129,15 +137,22 @@ def backward(chunk: Chunk, tokens, entering, d_results, d_state, size: int, inte
     shared = [a for a in floats if a.shape[2] < grid.all_heads and grid.inner > 1]
     given, d_given = shapes(tokens), shapes(d_results)
     _, kept = kept_block(grid, d_state)
+    entering = narrow_states.turned(entering, *d_state.shape[2:])
     *d, d_first = call(
         functools.partial(
-            _backward_kernel, chunk=chunk, grid=grid, tokens=given, d_results=d_given
+            _backward_kernel,
+            chunk=chunk,
+            grid=grid,
+            tokens=given,
+            d_results=d_given,
+            shared=len(shared),
         ),
         grid.steps,
-        [*laid(tokens, grid), (turned(entering), kept), *laid(d_results, grid)]
+        [*laid(tokens, grid), (entering, kept), *laid(d_results, grid)]
         + [(turned(d_state), state_block(grid, d_state))],
         [*to_lay(floats, grid), to_turn(d_state, grid)],
-        [pltpu.VMEM((size, a.shape[3]), d_state.dtype) for a in shared],
+        [pltpu.VMEM((size, a.shape[3]), d_state.dtype) for a in shared]
+        + narrow_states.room(d_state),
         semantics=SEMANTICS,
         cost=(
             chunk.backward,
@@ -156,10 +171,11 @@ def backward(chunk: Chunk, tokens, entering, d_results, d_state, size: int, inte
 # ---- kernels ----
 
 
-def _forward_kernel(*refs, chunk, grid, tokens):
+def _forward_kernel(*refs, chunk, grid, tokens, keep):
     inputs, (initial, *outputs) = refs[: len(tokens)], refs[len(tokens) :]
-    *results, state = outputs
-    entering = results.pop() if len(results) > len(chunk.results(*tokens)) else None
+    m = len(chunk.results(*tokens))
+    results, entering = outputs[:m], outputs[m : m + keep]
+    state, *room = outputs[m + keep :]
     for p, h in _heads(grid):
 
         @pl.when(pl.program_id(2) == 0)
@@ -167,19 +183,20 @@ def _forward_kernel(*refs, chunk, grid, tokens):
             state[h] = initial[h]
 
         S = state[h]
-        if entering is not None:
-            entering[p] = S
+        for ref in entering:
+            narrow_states.keep(ref, p, S, room)
         ys, state[h] = chunk.forward(*_read(inputs, tokens, grid, p), S)
         for ref, y in zip(results, ys, strict=True):
             _write(ref, y, p)
 
 
-def _backward_kernel(*refs, chunk, grid, tokens, d_results):
+def _backward_kernel(*refs, chunk, grid, tokens, d_results, shared):
     n, m = len(tokens), len(d_results)
     inputs, entering, cotangents, last = refs[:n], refs[n], refs[n + 1 : n + 1 + m], refs[n + 1 + m]
     floats = [a for a in tokens if a.dtype != bool]
     outputs = refs[n + m + 2 :]
-    d_tokens, state, sums = outputs[: len(floats)], outputs[len(floats)], outputs[len(floats) + 1 :]
+    d_tokens, (state, *scratch) = outputs[: len(floats)], outputs[len(floats) :]
+    sums, room = iter(scratch[:shared]), scratch[shared:]
     found = []
     for p, h in _heads(grid):
 
@@ -189,12 +206,11 @@ def _backward_kernel(*refs, chunk, grid, tokens, d_results):
 
         *d, state[h] = chunk.backward(
             *_read(inputs, tokens, grid, p),
-            entering[p],
+            narrow_states.kept(entering, p, room),
             *_read(cotangents, d_results, grid, p),
             state[h],
         )
         found.append(d)
-    sums = iter(sums)
     for ref, a, *d in zip(d_tokens, floats, *found, strict=True):
         if a.shape[2] == grid.all_heads:
             for p, each in enumerate(d):

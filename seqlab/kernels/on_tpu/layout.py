@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-LANES = 128
+from seqlab.kernels.on_tpu.narrow_states import kept_shape
+from seqlab.kernels.on_tpu.tiles import LANES
 
 
 class Grid(NamedTuple):
@@ -120,11 +121,11 @@ def to_turn(state, grid: Grid) -> tuple:
 
 
 def kept_block(grid: Grid, state) -> tuple:
-    """The states that enter the chunks, [N, B, H, V, K], and the block of them."""
-    B, H, K, V = state.shape
+    """The states that enter the chunks, as they are kept, and the block of them."""
+    B, H, *one = state.shape
     index = lambda b, o, c, i: (grid.time(c), b, o * grid.inner + i, 0, 0)
-    shape = jax.ShapeDtypeStruct((grid.chunks, B, H, V, K), state.dtype)
-    return shape, pl.BlockSpec((None, None, grid.heads, V, K), index)
+    shape = jax.ShapeDtypeStruct((grid.chunks, B, H, *kept_shape(*one)), state.dtype)
+    return shape, pl.BlockSpec((None, None, grid.heads, *kept_shape(*one)), index)
 
 
 def tiles_of(arrays, grid: Grid) -> list:
