@@ -60,7 +60,7 @@ def prefill(folder: pathlib.Path, name: str, rows: Sequence[Row]) -> None:
 def decode(folder: pathlib.Path, name: str, rows: Sequence[Row]) -> None:
     """Microseconds a step by the context, a panel for each batch, and bytes of state."""
     _by_context(folder, name, rows, "us a step", "microseconds a step", readable.count)
-    one = [row for row in rows if row["B"] == rows[0]["B"]]
+    one = [row for row in rows if row["batch"] == rows[0]["batch"]]
     _by_context(folder, f"{name}_state", one, STATE, "state of one sequence", readable.size)
 
 
@@ -73,12 +73,12 @@ def _by_context(
     text: Callable[[float], str],
 ) -> None:
     """A line for each model, from context to context, with a bar from quartile to quartile."""
-    batches = sorted({row["B"] for row in rows})
+    batches = sorted({row["batch"] for row in rows})
     for theme in THEMES:
         drawn = Figure((WIDTH, HEIGHT), dpi=DPI, layout="constrained", facecolor=theme.paper)
         panels = drawn.subplots(1, len(batches), sharey=True, squeeze=False)[0]
         for axes, batch in zip(panels, batches, strict=True):
-            of = [row for row in rows if row["B"] == batch]
+            of = [row for row in rows if row["batch"] == batch]
             _panel(axes, theme, of, figure, unit + f", batch {batch}" * (figure != STATE))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: text(y)))
         write(folder, name, theme, drawn)
