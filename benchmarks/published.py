@@ -14,13 +14,10 @@ import torch
 import transformers
 
 import seqlab
+from seqlab.bench import training
 from seqlab.errors import SeqlabError
 from seqlab.infer.session import Session
 from seqlab.models.lm import LM
-from seqlab.models.parameters import decays, parameters
-from seqlab.train import optimizer
-from seqlab.train.corpus import Batch
-from seqlab.train.step import make_step
 
 D, VOCAB, STEPS = 512, 256, 8
 
@@ -108,19 +105,9 @@ def tokens(batch: int, length: int) -> np.ndarray:
 def our_training(model: LM, batch: int, length: int) -> tuple[Callable[[], object], int]:
     """One training step, and the bytes that its program holds beside parameters and batch. Its
     layers are compiled one by one, as a short run of a small model may well ask for."""
-    ids = tokens(batch, length)
-    data = Batch(ids, np.ones_like(ids))
     model.config = dataclasses.replace(model.config, unroll=model.config.repeats)
-    tx = optimizer.Config().build(1000, decays(model))
-    params = jax.tree.map(jnp.array, parameters(model))
-    held: list[Any] = [params, tx.init(params)]
-    step = make_step(jax.eval_shape(lambda: model), tx).lower(*held, data).compile()
-
-    def work():
-        *held[:], metrics = step(*held, data)
-        return jax.block_until_ready(metrics)
-
-    return work, step.memory_analysis().temp_size_in_bytes
+    step = training.step(model, tokens(batch, length))
+    return step.work, step.bytes
 
 
 def their_training(model: torch.nn.Module, batch: int, length: int) -> Callable[[], object]:

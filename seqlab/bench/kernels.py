@@ -90,8 +90,9 @@ def measure(
     return [tell(name) | _row(name, one, laps, top) for name, one in made.items()] + absent
 
 
-def program(case: Case, arrays: tuple, form: str, which: str) -> Program:
-    """Raises ConfigError where there is no memory for it, and what the form raises."""
+def program(case: Case, arrays: tuple, form: str | None, which: str) -> Program:
+    """`form` None is what the family takes by itself. Raises ConfigError where there is no memory
+    for it, and what the form raises."""
     f, given = _traced(case, arrays, form, which)
     compiled = jax.jit(f).lower(*given).compile()
     machine.require(compiled)
@@ -102,7 +103,7 @@ def program(case: Case, arrays: tuple, form: str, which: str) -> Program:
     return Program(which, work, moved, products(counted, *like))
 
 
-def _traced(case: Case, arrays: tuple, form: str, which: str) -> tuple[Callable, tuple]:
+def _traced(case: Case, arrays: tuple, form: str | None, which: str) -> tuple[Callable, tuple]:
     """The function to compile, and its arguments: with gradients, also the cotangent of y."""
     f = lambda *arrays: case.call(*arrays, implementation=form)
     if which == FORWARD:

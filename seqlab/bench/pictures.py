@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from seqlab.bench.record import Row, shown
 from seqlab.bench.timing import SPREAD
@@ -20,6 +20,9 @@ WIDTH = 10.4  # inches, of every picture
 HEIGHT = 3.4  # of a panel
 LINE = 0.36  # of a row of points
 STATE = "state bytes"
+
+#: Where the axes have marks: at powers of 4, and at 1, 2, 5, 10, 20 ...
+BYTES, NUMBERS = LogLocator(4), LogLocator(10, (1, 2, 5))
 
 Name = Callable[[Row], str]
 
@@ -81,6 +84,7 @@ def _by_context(
             of = [row for row in rows if row["batch"] == batch]
             _panel(axes, theme, of, figure, unit + f", batch {batch}" * (figure != STATE))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: text(y)))
+            axes.yaxis.set_major_locator(BYTES if figure == STATE else NUMBERS)
         write(folder, name, theme, drawn)
 
 

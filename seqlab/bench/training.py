@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from seqlab.bench import machine, models
@@ -37,7 +38,7 @@ def step(model: LM, tokens: np.ndarray) -> Step:
     batch = Batch(tokens, np.ones_like(tokens))
     skeleton = jax.eval_shape(lambda: model)
     tx = optimizer.Config().build(1000, decays(model))
-    params = jax.tree.map(jax.numpy.array, parameters(model))
+    params = jax.tree.map(jnp.array, parameters(model))
     held: list[Any] = [params, tx.init(params)]
     program = make_step(skeleton, tx).lower(*held, batch).compile()
     machine.require(program)

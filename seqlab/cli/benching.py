@@ -32,17 +32,24 @@ def kernels(
     form: Annotated[
         list[str], typer.Option(help="Such as reference; repeatable [all but reference].")
     ] = [],  # noqa: B006
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure the block sizes of a GPU's kernels instead.")
+    ] = False,
     device: Device = None,
     rounds: Rounds = 9,
     out: Out = None,
 ) -> None:
     """Time every form of a kernel family, against XLA's and against what the device can do.
 
-    Sizes: B rows of T tokens, H heads, keys K and values V wide.
+    Sizes: B rows of T tokens, H heads, keys K and values V wide. With --tune, the table of block
+    sizes is printed as it is with what was measured here.
     """
     from seqlab.bench import command, machine
+    from seqlab.kernels.on_gpu import __main__ as tuning
 
     machine.take(device)
+    if tune:
+        return tuning.main([] if family == "all" else [family])
     command.answer(command.kernels(family, sizes or [], form), _command(), rounds, out)
 
 
