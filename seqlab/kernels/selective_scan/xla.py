@@ -16,10 +16,28 @@ from seqlab.parallel.transitions import Diagonal
 
 def chunked(u, dt, b, c, reset, A, state, *, chunk_size: int = 64):
     """The definition's arguments and results; any T."""
-    tokens = (u, widen(dt), b[:, :, 0], c[:, :, 0], reset)
-    size, weights = min(chunk_size, u.shape[1]), (widen(A).T,)
-    y, state = chunk_scan.scan_chunks(_Chunk, tokens, state.mT, size, weights)  # pyright: ignore
-    return y.astype(u.dtype), state.mT
+    y, state = form(u, chunk_size).run(prepared(u, dt, b, c, reset, A), state.mT)
+    return y, state.mT
+
+
+def prepared(u, dt, b, c, reset, A) -> tuple:
+    """The definition's tokens as every form of `platforms.scan` takes them, beside the state
+    [B, N, E]: u, dt [B, T, E], b, c [B, T, N], reset, A [N, E]."""
+    return u, widen(dt), b[:, :, 0], c[:, :, 0], reset, widen(A).T
+
+
+def form(u, chunk_size: int) -> chunk_scan.InXLA:
+    """The form in XLA, in chunks no longer than u."""
+    size = min(chunk_size, u.shape[1])
+    return chunk_scan.InXLA(_Chunk, size, _as_given, _finished, widen, weights=1)
+
+
+def _as_given(*tokens):
+    return tokens
+
+
+def _finished(y, u, *_):
+    return y.astype(u.dtype)
 
 
 def transition(u, dt, b, c, reset, A, *, chunk_size: int = 64) -> Diagonal:
