@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from seqlab.errors import ConfigError, nearest
+from seqlab.kernels.attention import pallas_tpu
 from seqlab.kernels.attention.across_devices import across_devices, time_is_split
 from seqlab.kernels.attention.one_query import one_query
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
@@ -108,4 +109,4 @@ def definition(
     return y.reshape(B, T, H, v.shape[-1]).astype(q.dtype), lse
 
 
-IMPLEMENTATIONS = {"reference": definition, "xla": blockwise}
+IMPLEMENTATIONS = {"reference": definition, "xla": blockwise, "pallas_tpu": pallas_tpu.kernel}

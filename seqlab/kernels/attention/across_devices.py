@@ -18,6 +18,7 @@ from seqlab.kernels.attention import rsa, zigzag
 from seqlab.kernels.attention.meetings import GATHER, RING, TOKEN_RING
 from seqlab.kernels.attention.xla import (
     HERE,
+    InXLA,
     Meeting,
     Options,
     attend,
@@ -26,6 +27,7 @@ from seqlab.kernels.attention.xla import (
     in_order,
     in_rows,
 )
+from seqlab.kernels.platforms import Forms
 from seqlab.parallel.mesh import DATA, MODEL, SEQ, current_travel
 
 #: q, position, document of [B, T, ...], and k, v, position, document of [B, S, ...]
@@ -80,7 +82,7 @@ def met(meeting: Meeting) -> Callable:
         q, G = queries[0], keys[0].shape[2]
         before = past and in_columns(past, columns)
         blocks = in_rows(queries, G, rows), in_columns(keys, columns), before
-        return in_order(attend(options, meeting, *blocks), q.shape[:3])
+        return in_order(attend(Forms(InXLA(options, meeting)), *blocks), q.shape[:3])
 
     return method
 
