@@ -76,7 +76,7 @@ def attention_with_lse(
     """
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key-value heads.")
-    if implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in NAMED:
         raise ConfigError(
             f"attention has no implementation {implementation!r}: " + nearest(implementation, NAMED)
         )

@@ -110,13 +110,13 @@ class OnTPU(NamedTuple):
             found.append(blocks.call(*work, (queries, part), outputs, more, scratch=sums))
         dq, dk, dv = zip(*found, strict=True)
         dk, dv = (jnp.concatenate(a).mT for a in (dk, dv))
-        return as_queries(sum(dq).mT, queries), as_keys(dk, dv, keys), None
+        return as_queries(functools.reduce(jnp.add, dq).mT, queries), as_keys(dk, dv, keys), None
 
     def _blocks(self, queries: Queries, keys: Keys) -> "_Blocks":
         (N, B, G, C, K), (M, _, _, D, V) = queries.q.shape, keys.v.shape
         few, wide = (a.dtype.itemsize for a in (queries.q, widen(queries.q)))
         one = D * (K + V) * (4 * few + wide)  # keys, values and cotangents, each twice, and sums
-        groups = -(-M * one // (VMEM // 2))
+        groups = -(-M // max(VMEM // 2 // one, 1))
         return _Blocks(self, N, B, G, C, M, D, -(-M // groups))
 
 
@@ -264,8 +264,8 @@ def _each_pair(kinds, q_at, k_at, options: Options, pair):
 
         @pl.when(kind == 1)
         def _():
-            at = [column(k_at[axis, n]) for axis in (0, 1)]
-            pair(n, visible(q_at[0], q_at[1], *at, **options.sight))
+            position, document = (column(k_at[axis, n]) for axis in (0, 1))
+            pair(n, visible(q_at[0], q_at[1], position, document, **options.sight))
 
     lax.fori_loop(0, size, each, None)
 

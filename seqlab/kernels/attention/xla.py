@@ -173,7 +173,7 @@ class InXLA(NamedTuple):
         return as_queries(d.q_turned.mT, queries), as_keys(d.k, d.v, keys), d_past
 
 
-def attend(forms: Forms, queries: Queries, keys: Keys, past: Keys | None = None):
+def attend(forms: Forms, queries: Queries, keys: Keys, past=None):
     """y and log-sum-exp [N, B, G, C, V] and [N, B, G, C] of queries that meet these keys, and
     before them those of `past`, if there are any, which are here whatever the meeting."""
     outputs: Any = _attend(forms, queries, keys, past)
