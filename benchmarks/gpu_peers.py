@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory beside JAX
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
 
-import benchmarks.record as record  # noqa: E402
-from seqlab.bench import kernels, machine, timing  # noqa: E402
-from seqlab.bench.families import CASES, Case, Draw, Shape  # noqa: E402
-from seqlab.conformance import tolerance  # noqa: E402
-from seqlab.layers import exponential_memory as mlstm  # noqa: E402
+import benchmarks.record as record
+from seqlab.bench import kernels, machine, timing
+from seqlab.bench.families import CASES, Case, Draw, Shape
+from seqlab.conformance import tolerance
+from seqlab.layers import exponential_memory as mlstm
 
 SHAPE, ROUNDS, LEAST, ALLOWED = Shape(8, 4096, 16, 128, 128), 9, 0.05, 1.2
 Tensors = Sequence[torch.Tensor]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
@@ -157,18 +156,23 @@ def their_passes(
 
     passes = {"forward": forward, "forward and backward": both}
     try:
-        with torch.no_grad():
-            first = model(input_ids=ids[:, : length // 2], use_cache=True)
+        return passes | {"decode": their_decoding(model, ids[:, : length // 2])}
     except ValueError as why:  # xLSTM in the mode that trains
         print(f"{type(model).__name__} does not decode: {why}", flush=True)
         return passes
+
+
+def their_decoding(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[], object]:
+    """STEPS tokens after a prompt [B, T], greedily."""
+    with torch.no_grad():
+        first = model(input_ids=prompt, use_cache=True)
     cache = "past_key_values" if "past_key_values" in first else "cache_params"
 
     def steps():  # the cache is written in place; attention's grows by a token at a time
-        token = ids[:, :1]
+        token = prompt[:, :1]
         with torch.no_grad():
             for _ in range(STEPS):
                 out = model(input_ids=token, use_cache=True, **{cache: first[cache]})
                 token = out.logits[:, -1:].argmax(-1)
 
-    return {**passes, "decode": steps}
+    return steps

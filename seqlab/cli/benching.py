@@ -45,10 +45,11 @@ def kernels(
     sizes is printed as it is with what was measured here.
     """
     from seqlab.bench import command, machine
-    from seqlab.kernels.on_gpu import __main__ as tuning
 
     machine.take(device)
     if tune:
+        from seqlab.kernels.on_gpu import __main__ as tuning
+
         return tuning.main([] if family == "all" else [family])
     command.answer(command.kernels(family, sizes or [], form), _command(), rounds, out)
 
