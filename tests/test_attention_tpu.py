@@ -71,7 +71,7 @@ def test_what_was_seen_before_is_not_forgotten():
     options = xla.Options(window=100, sinks=3, scale=0.3)
     form = pallas_tpu.OnTPU(options, interpret=True)
 
-    def both(see, pull, qkv, at):
+    def both(see: Any, pull: Any, qkv, at):
         (q, k, v), (q_position, q_document, *k_at) = qkv, at
         queries, keys = xla.in_rows((q, q_position, q_document), 1, 128), (k, v, *k_at)
         first, second = (
@@ -83,12 +83,9 @@ def test_what_was_seen_before_is_not_forgotten():
         before = xla.pull(options, done, second, xla.zero_gradients(queries.q, second))
         return y, lse, pull(done, second, before)
 
-    def in_xla(qkv, at):
-        return both(*(functools.partial(f, options) for f in (xla.see, xla.pull)), qkv, at)
-
-    def on_tpu(qkv, at):
-        return both(*(functools.partial(f, form) for f in (see_on_tpu, pull_on_tpu)), qkv, at)
-
+    bound = lambda *fs, first: [functools.partial(f, first) for f in fs]
+    in_xla = functools.partial(both, *bound(xla.see, xla.pull, first=options))
+    on_tpu = functools.partial(both, *bound(see_on_tpu, pull_on_tpu, first=form))
     halves = lambda a: jnp.split(a, 2, 1)
     with jax.enable_x64(True):
         given = jax.tree.map(jnp.asarray, tokens(128, 128, H=1, G=1, K=16))
