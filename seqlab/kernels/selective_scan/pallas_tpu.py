@@ -56,7 +56,7 @@ def suits(tokens, chunk_size: int) -> bool:
     """Whether the kernels can run them."""
     u, A = tokens[0], tokens[-1]
     (T, E), N = u.shape[1:], A.shape[0]
-    if E % LANES or N % SUBLANES or (T > chunk_size and chunk_size % ROWS):
+    if E % LANES or N % SUBLANES or (chunk_size < T and chunk_size % ROWS):
         return False
     return Plan.of(u, A, chunk_size, backward=True).memory <= VMEM
 
@@ -133,7 +133,7 @@ class Plan(NamedTuple):
     def of(cls, u, A, chunk_size: int, backward: bool) -> "Plan":
         B, T, E = u.shape
         width = next(w for w in (WIDEST, WIDEST // 2, LANES) if E % w == 0)
-        size = chunk_size if T > chunk_size else -(-T // ROWS) * ROWS
+        size = chunk_size if chunk_size < T else -(-T // ROWS) * ROWS
         return cls(B, T, E, A.shape[0], size, width, backward)
 
     @property
