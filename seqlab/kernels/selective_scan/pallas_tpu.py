@@ -1,64 +1,49 @@
-"""The selective scan as a pair of TPU kernels: decays and states of a token exist in the vector
-memory alone.
-
-The grid is (batch, chunks, blocks of channels). All channels take a chunk before the next chunk
-comes, so that b, c and what is summed over channels stay where they are; the states [N, E] of all
-channels, the decay rates A and their gradient stay for a whole sequence. Channels lie along lanes.
-"""
+"""The selective scan as a pair of TPU kernels: see `tpu_kernels` for what they do."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.errors import ModelError
 from seqlab.kernels import platforms
 from seqlab.kernels.on_tpu.call import VMEM, call
-from seqlab.kernels.on_tpu.layout import LANES, shapes
-from seqlab.kernels.on_tpu.tiles import column, rows_by_rows
+from seqlab.kernels.on_tpu.layout import shapes
+from seqlab.kernels.on_tpu.tiles import LANES
 from seqlab.kernels.precision import widen
-from seqlab.kernels.selective_scan import xla
+from seqlab.kernels.selective_scan import tpu_kernels, xla
+from seqlab.kernels.selective_scan.tpu_kernels import SUBLANES
 
-WIDEST = 512  # channels of a block
-ROWS, SUBLANES = 16, 8  # of a tile of bfloat16 and of float32
-#: The dt with which a document's first token decays what came before, to exactly 0; and the
-#: weakest A, that changes no decay by itself.
-FLUSH, WEAKEST = 1e30, -1e-20
+WIDTHS = (512, 256, 128)  # channels of a block
+ROWS = 16  # of a tile of bfloat16
+SEMANTICS = ("parallel", "arbitrary", "arbitrary")
 
 
 def chunked(u, dt, b, c, reset, A, state, *, chunk_size: int = 64, interpret: Any = False):
     """The definition's arguments and results; `pltpu.InterpretParams()` runs it on any machine."""
     tokens = xla.prepared(u, dt, b, c, reset, A)
-    if not suits(tokens, chunk_size):
+    on_tpu = form(tokens, chunk_size, interpret)
+    if on_tpu is None:
         raise ModelError(
-            f"The TPU kernel of selective_scan takes channels by {LANES}, states by {SUBLANES} and "
-            f"chunks by {ROWS} as the vector memory holds them, not E, N = {A.shape} and "
+            f"The TPU kernel of selective_scan takes multiples of {LANES} channels, of {SUBLANES} "
+            f"states and of {ROWS} tokens a chunk, as its memory holds them, not A {A.shape} and "
             f"chunk_size={chunk_size}: leave the implementation to None."
         )
-    y, state = platforms.scan(platforms.Forms(OnTPU(chunk_size, interpret)), tokens, state.mT)
+    y, state = platforms.scan(platforms.Forms(on_tpu), tokens, state.mT)  # pyright: ignore
     return y, state.mT
 
 
-def by_platform(u, dt, b, c, reset, A, state, *, chunk_size: int = 64):
-    """The kernels where it is lowered for a TPU, if they suit, and `xla` elsewhere."""
-    tokens = xla.prepared(u, dt, b, c, reset, A)
-    on_tpu = OnTPU(chunk_size) if suits(tokens, chunk_size) else None
-    y, state = platforms.scan(platforms.Forms(xla.form(u, chunk_size), on_tpu), tokens, state.mT)
-    return y, state.mT
-
-
-def suits(tokens, chunk_size: int) -> bool:
-    """Whether the kernels can run them."""
+def form(tokens, chunk_size: int, interpret: Any = False) -> "OnTPU | None":
+    """The kernels for tokens as `xla.prepared` gives them; None where they do not suit."""
     u, A = tokens[0], tokens[-1]
     (T, E), N = u.shape[1:], A.shape[0]
     if E % LANES or N % SUBLANES or (chunk_size < T and chunk_size % ROWS):
-        return False
-    return Plan.of(u, A, chunk_size, backward=True).memory <= VMEM
+        return None
+    fits = Plan.of(u, A, chunk_size, backward=True).memory <= VMEM
+    return OnTPU(chunk_size, interpret) if fits else None
 
 
 class OnTPU(NamedTuple):
@@ -78,7 +63,7 @@ class OnTPU(NamedTuple):
         plan = Plan.of(u, A, self.chunk_size, backward=False)
         _, states = plan.states(state.dtype)
         y, *entering, last = call(
-            functools.partial(_forward_kernel, plan=plan),
+            functools.partial(tpu_kernels.forward, plan=plan),
             plan.grid,
             [*plan.laid(tokens), (state, states)],
             [plan.to_lay(u), *([plan.kept(state.dtype)] if keep else []), plan.states(state.dtype)],
@@ -95,7 +80,7 @@ class OnTPU(NamedTuple):
         plan, dtype = Plan.of(u, A, self.chunk_size, backward=True), d_state.dtype
         kept, states = plan.kept(dtype), plan.states(dtype)
         du, ddt, db, dc, dA, d_first = call(
-            functools.partial(_backward_kernel, plan=plan),
+            functools.partial(tpu_kernels.backward, plan=plan),
             plan.grid,
             [*plan.laid(tokens), (entering, kept[1]), *plan.laid([d_y]), (d_state, states[1])],
             [plan.to_lay(u), plan.to_lay(dt), *[plan.sums(dtype)] * 2, states, states],
@@ -115,9 +100,6 @@ class OnTPU(NamedTuple):
         return (cut(du, u), cut(ddt, dt), db, dc, None, jnp.sum(dA, 0)), d_first
 
 
-SEMANTICS = ("parallel", "arbitrary", "arbitrary")
-
-
 class Plan(NamedTuple):
     """How B sequences of T tokens in E channels of N states are cut, and how they lie."""
 
@@ -132,7 +114,7 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, u, A, chunk_size: int, backward: bool) -> "Plan":
         B, T, E = u.shape
-        width = next(w for w in (WIDEST, WIDEST // 2, LANES) if E % w == 0)
+        width = next(width for width in WIDTHS if E % width == 0)
         size = chunk_size if chunk_size < T else -(-T // ROWS) * ROWS
         return cls(B, T, E, A.shape[0], size, width, backward)
 
@@ -210,171 +192,3 @@ class Plan(NamedTuple):
             return pl.BlockSpec((None, self.size, self.width), lambda b, c, e: (b, self.time(c), e))
         rows = 1 if a.ndim == 2 else self.N
         return pl.BlockSpec((None, None, rows, self.size), lambda b, c, e: (b, self.time(c), 0, 0))
-
-
-# ---- kernels ----
-
-
-def _forward_kernel(u, dt, b, c, reset, A, initial, y, *rest, plan: Plan):
-    *entering, state, decays, writes, read, b_spread, c_spread = rest
-    here, rates = _channels(plan), _rates(A, plan)
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        state[:, here] = initial[:, here]
-
-    _spread((b, c), (b_spread, c_spread))
-    _prepare(u, dt, reset, decays, writes, plan)
-    for ref in entering:
-        ref[...] = state[:, here]
-
-    def group(at, h):
-        d, w, parts = decays[at], writes[at], []
-        for i in range(SUBLANES):
-            h = _decay(d[i : i + 1], rates) * h + _wide(b_spread, at, i, plan) * w[i : i + 1]
-            parts.append(_folded(h * _wide(c_spread, at, i, plan)))
-        read[at] = _sums(parts)
-        return h
-
-    state[:, here] = _over_groups(group, state[:, here], plan)
-    y[...] = read[...].astype(y.dtype)
-
-
-def _backward_kernel(*refs, plan: Plan):
-    u, dt, b, c, reset, A, entering, dy, last, du, ddt, db, dc, dA, D, *scratch = refs
-    decays, writes, dys, to_write, to_decay, b_spread, c_spread, b_sums, c_sums, states = scratch
-    here, rates = _channels(plan), _rates(A, plan)
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        D[:, here] = last[:, here]
-        dA[:, here] = jnp.zeros_like(rates)
-
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        b_sums[...] = jnp.zeros_like(b_sums)
-        c_sums[...] = jnp.zeros_like(c_sums)
-
-    _spread((b, c), (b_spread, c_spread))
-    us, dts = _prepare(u, dt, reset, decays, writes, plan)
-    dys[...] = _tokens(dy, plan)
-
-    def again(at, h):
-        d, w = decays[at], writes[at]
-        for i in range(SUBLANES):
-            states[at.start + i] = h
-            h = _decay(d[i : i + 1], rates) * h + _wide(b_spread, at, i, plan) * w[i : i + 1]
-        return h
-
-    after = _over_groups(again, entering[...], plan)
-
-    def group(at, carry):
-        D, dA, after = carry
-        d, w, dy = decays[at], writes[at], dys[at]
-        reads, through = [None] * SUBLANES, [None] * SUBLANES
-        for i in reversed(range(SUBLANES)):
-            t, d_t, dy_t = at.start + i, d[i : i + 1], dy[i : i + 1]
-            D += _wide(c_spread, at, i, plan) * dy_t
-            c_sums[t] += _over_lanes(after * dy_t)
-            b_sums[t] += _over_lanes(D * w[i : i + 1])
-            reads[i] = _folded(D * _wide(b_spread, at, i, plan))
-            D *= _decay(d_t, rates)
-            after = states[t]
-            decayed = D * after
-            through[i] = _folded(decayed * rates)
-            dA += decayed * d_t
-        to_write[at], to_decay[at] = _sums(reads), _sums(through)
-        return D, dA, after
-
-    carry = D[:, here], dA[:, here], after
-    D[:, here], dA[:, here], _ = _over_groups(group, carry, plan, reverse=True)
-    du[...] = (to_write[...] * dts).astype(du.dtype)
-    ddt[...] = (to_decay[...] * math.log(2) + to_write[...] * us).astype(ddt.dtype)
-
-    @pl.when(pl.program_id(2) == plan.grid[2] - 1)
-    def _():
-        for total, sums in ((db, b_sums), (dc, c_sums)):
-            sums = sums[...].reshape(-1, LANES)
-            total[...] = rows_by_rows(jnp.ones((1, LANES), sums.dtype), sums)
-
-
-def _channels(plan: Plan):
-    return pl.ds(pl.multiple_of(pl.program_id(2) * plan.width, LANES), plan.width)
-
-
-def _rates(A, plan: Plan):
-    """A of the block's channels, for powers of two."""
-    return jnp.minimum(A[:, _channels(plan)], WEAKEST) / math.log(2)
-
-
-def _decay(d, rates):
-    return jnp.exp2(d * rates)
-
-
-def _over_groups(step, carry, plan: Plan, reverse=False):
-    """step(tokens, carry) for the tokens of one tile of float32 after the other."""
-    groups = plan.size // SUBLANES
-
-    def body(i, carry):
-        g = groups - 1 - i if reverse else i
-        return step(pl.ds(pl.multiple_of(g * SUBLANES, SUBLANES), SUBLANES), carry)
-
-    return lax.fori_loop(0, groups, body, carry)
-
-
-def _prepare(u, dt, reset, decays, writes, plan: Plan):
-    """Fills dt, as it decays, and dt u; returns u and dt."""
-    us, dts = _tokens(u, plan), _tokens(dt, plan)
-    decays[...] = jnp.where(column(reset[...]) > 0, FLUSH, dts)
-    writes[...] = dts * us
-    return us, dts
-
-
-def _tokens(ref, plan: Plan):
-    """A block in float32: tokens beyond the last are zeros, which leave a state be."""
-    x = widen(ref[...])
-    if plan.T % plan.size == 0:
-        return x
-    token = lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    left = plan.T - plan.time(pl.program_id(1)) * plan.size
-    return jnp.where(token < left, x, 0)
-
-
-def _spread(refs, spreads):
-    """A chunk's [N, C] with a token's column along all lanes [C, N, LANES], once for all blocks."""
-
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        for ref, spread in zip(refs, spreads, strict=True):
-            for t in range(ref.shape[1]):
-                spread[t] = jnp.broadcast_to(ref[:, t : t + 1], spread.shape[1:])
-
-
-def _wide(spread, at, i: int, plan: Plan):
-    """Token i of a group, [N, LANES], for all channels of a block."""
-    return jnp.concatenate([spread[at.start + i]] * (plan.width // LANES), 1)
-
-
-def _over_lanes(x):
-    """[N, width] -> [N, LANES], sums of the groups of lanes"""
-    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
-
-
-def _folded(x):
-    """[N, width] -> [SUBLANES, width], sums of tiles"""
-    return sum(x[i : i + SUBLANES] for i in range(0, x.shape[0], SUBLANES))
-
-
-def _sums(parts):
-    """Row i is the sum of the rows of parts[i]: each round adds every row of two parts to the one
-    before it, and keeps every other sum of each."""
-    row = lax.broadcasted_iota(jnp.int32, parts[0].shape, 0)
-    step = 1
-    while len(parts) > 1:
-        first = row & step == 0
-        parts = [
-            jnp.where(first, a, b) + pltpu.roll(jnp.where(first, b, a), step, 0)
-            for a, b in zip(parts[::2], parts[1::2], strict=True)
-        ]
-        step *= 2
-    return parts[0]

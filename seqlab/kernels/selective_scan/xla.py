@@ -5,13 +5,11 @@ chunk (elsewhere) at a time, and the backward pass makes the states of a chunk a
 that entered it, as Gu & Dao, 2023, section 3.3.2, do inside a GPU.
 """
 
-import jax.numpy as jnp
 from jax import lax
 
 from seqlab.kernels import chunk_scan
 from seqlab.kernels.precision import widen
 from seqlab.kernels.selective_scan import all_at_once, token_by_token
-from seqlab.parallel.transitions import Diagonal
 
 
 def chunked(u, dt, b, c, reset, A, state, *, chunk_size: int = 64):
@@ -38,14 +36,6 @@ def _as_given(*tokens):
 
 def _finished(y, u, *_):
     return y.astype(u.dtype)
-
-
-def transition(u, dt, b, c, reset, A, *, chunk_size: int = 64) -> Diagonal:
-    """What these tokens do to the state [B, E, N] that enters them."""
-    whole = jnp.exp(jnp.sum(widen(dt), 1)[..., None] * widen(A))
-    decay = jnp.where(jnp.any(reset, 1)[:, None, None], 0, whole)
-    empty = jnp.zeros_like(whole)
-    return Diagonal(decay, chunked(u, dt, b, c, reset, A, empty, chunk_size=chunk_size)[1])
 
 
 class _Chunk:
