@@ -82,7 +82,7 @@ def ternary_matmul_kernel(x, packed, y, *, shape, sizes):
 # ---- what it is tried and measured on ----
 
 
-@trust.trial_of("ternary_matmul")
+@trust.trial_of("ternary_matmul", dtypes=("int8",))
 def trial(dtype) -> trust.Trial:
     x, packed = _arguments(20, 300, 70)
     plain = lambda x, W: jnp.matmul(x.astype(jnp.int32), unpack(W, 300).astype(jnp.int32))
