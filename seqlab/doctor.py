@@ -39,7 +39,8 @@ def implementations() -> Table:
         rows.add_row(name, here, ", ".join(recurrence.implementations), by)
     here = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}.get(backend, "xla")
     rows.add_row("ternary_matmul", here, ", ".join(ternary_matmul.IMPLEMENTATIONS), "XLA")
-    rows.add_row("attention", "xla", ", ".join(attention.IMPLEMENTATIONS), "XLA")
+    here = "pallas_tpu" if backend == "tpu" else "xla"
+    rows.add_row("attention", here, ", ".join(attention.NAMED), "XLA")
     return rows
 
 

@@ -8,7 +8,7 @@ XLA: what R says to the gates in the backward pass, and dR (see `xla`).
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,8 @@ def contests() -> list[tuning.Contest]:
         def run(sizes: Blocks):
             def loss(wx, R, bias):
                 tokens, forms = (wx, args[1], R, bias), platforms.Forms(OnGPU(cells.slstm, sizes))
-                return jnp.sum(widen(platforms.scan(forms, tokens, args[4])[0]))
+                results: Any = platforms.scan(forms, tokens, args[4])
+                return jnp.sum(widen(results[0]))
 
             return jax.grad(loss, (0, 1, 2))
 

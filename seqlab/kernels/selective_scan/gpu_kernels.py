@@ -25,7 +25,8 @@ class Walk(NamedTuple):
 
     @classmethod
     def of(cls, tokens, *options) -> "Walk":
-        return cls(*tokens[0].shape, len(tokens[-1]), *options)
+        B, T, E = tokens[0].shape
+        return cls(B, T, E, len(tokens[-1]), *options)
 
     @property
     def programs(self) -> int:
@@ -111,8 +112,8 @@ def backward(walk: Walk, u, dt, b, c, reset, A, entering, d_y, d_last, *outputs)
             for token in tile.group(tokens, n, g):
                 entered.append((token, h, tile.channels(d_y, token)))
                 h = token.decay(A) * h + token.write
-            for each in reversed(entered):
-                carry = _back(tile, *each, A, d_tokens, *carry)
+            for token, h, dy in reversed(entered):
+                carry = _back(tile, token, h, dy, A, d_tokens, carry)
             return carry
 
         lax.fori_loop(0, walk.groups, again, tile.states(entering.at[n]))
@@ -127,9 +128,9 @@ def backward(walk: Walk, u, dt, b, c, reset, A, entering, d_y, d_last, *outputs)
     tile.keep(dA, d_decays)
 
 
-def _back(tile, token, h, dy, A, d_tokens, D, dA):
+def _back(tile, token, h, dy, A, d_tokens, carry):
     """One token of `token_by_token.backward`."""
-    du, ddt, db, dc = d_tokens
+    (du, ddt, db, dc), (D, dA) = d_tokens, carry
     decay = token.decay(A)
     D += token.c * dy
     kept = decay * h

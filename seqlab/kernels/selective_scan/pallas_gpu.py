@@ -11,7 +11,7 @@ afterwards, so that results are the same to the bit in every run.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def chunked(u, dt, b, c, reset, A, state, *, chunk_size: int = 64, interpret: bo
             f"{A.shape[1]}: leave the implementation to None."
         )
     form = OnGPU(min(chunk_size, u.shape[1]), blocks.chosen("selective_scan"), interpret)
-    y, state = platforms.scan(platforms.Forms(form), tokens, state.mT)
+    y, state = platforms.scan(platforms.Forms(form), tokens, state.mT)  # pyright: ignore
     return y, state.mT
 
 
@@ -121,8 +121,8 @@ def contests() -> list[tuning.Contest]:
     def run(sizes: Blocks):
         def loss(*args):
             tokens, state = xla.prepared(*args[:-1]), args[-1].mT
-            y, _ = platforms.scan(platforms.Forms(OnGPU(64, sizes)), tokens, state)
-            return jnp.sum(widen(y))
+            results: Any = platforms.scan(platforms.Forms(OnGPU(64, sizes)), tokens, state)
+            return jnp.sum(widen(results[0]))
 
         return jax.grad(loss, (0, 1, 2, 3, 5))
 
