@@ -83,7 +83,10 @@ def measure(
         f"{form}, {which}": (form, which)
         for form, which in itertools.product(forms(case, asked), passes)
     }
-    tell = lambda name: about | dict(zip(("form", "pass"), ways[name], strict=True))
+    tell: Callable[[str], Row] = lambda name: {
+        **about,
+        **dict(zip(("form", "pass"), ways[name], strict=True)),
+    }
     makers = {name: functools.partial(program, case, arrays, *way) for name, way in ways.items()}
     made, absent = gather(makers, tell)
     laps = race(top.works | {name: one.work for name, one in made.items()}, rounds, LEAST)
