@@ -109,5 +109,5 @@ def test_the_doctor_knows_every_kernel(capsys):
     rich.print(doctor.implementations())
     folders = {f.name for f in pathlib.Path(kernels.__path__[0]).iterdir() if f.is_dir()}
     shown = capsys.readouterr().out
-    parts = {"on_tpu", "__pycache__"}  # what families are made of
+    parts = {"on_gpu", "on_tpu", "__pycache__"}  # what families are made of
     assert all(f" {family} " in shown for family in folders - parts)

@@ -15,7 +15,8 @@ from seqlab.kernels.kept import kept
 
 
 class Form(Protocol):
-    """Hashable. A cotangent of bool tokens is None."""
+    """Hashable. Behind the tokens [B, T, ...] there may be weights that they share; a cotangent of
+    bool tokens is None."""
 
     def run(self, tokens: tuple, state) -> tuple[Any, Any]:
         """y and the state after the last token"""
@@ -31,16 +32,19 @@ class Form(Protocol):
 
 
 class Forms(NamedTuple):
-    """`default` runs where there is none of a platform's own."""
+    """`default` runs where there is none of a platform's own. All keep states alike: as `tpu` says,
+    if it has a method `alike` that makes of a form one that does."""
 
-    default: Form
-    tpu: Form | None = None
+    default: Any  # a `Form` where `scan` takes them, or anything else with methods to call
+    tpu: Any = None
+    gpu: Any = None  # of NVIDIA
 
     def call(self, method: str, *args):
-        default = getattr(self.default, method)
-        if self.tpu is None:
-            return default(*args)
-        return lax.platform_dependent(*args, default=default, tpu=getattr(self.tpu, method))
+        alike = getattr(self.tpu, "alike", lambda form: form)
+        gpu = self.gpu and alike(self.gpu)
+        default, own = getattr(alike(self.default), method), {"tpu": self.tpu, "cuda": gpu}
+        forms = {name: getattr(form, method) for name, form in own.items() if form is not None}
+        return lax.platform_dependent(*args, default=default, **forms) if forms else default(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

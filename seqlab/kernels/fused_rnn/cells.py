@@ -1,16 +1,25 @@
 """One step of each cell: what the token and the last hidden vector say to the gates -> the state.
 
-A cell is f(wx, rh, state) -> state, elementwise, with wx and rh [..., G, d] for its G gates and a
-state of arrays [..., d] of which the first is the hidden vector h. Gates come in the order in which
-each docstring names them; "a" stands for wx_a + rh_a. The empty state is zero everywhere.
+A cell is f(wx, rh, state) -> state, elementwise, where wx and rh have an array [..., d] for each of
+its G gates and the state has several, of which the first is the hidden vector h. Gates come in the
+order in which each docstring names them; "a" stands for wx_a + rh_a. The empty state is zero
+everywhere.
 """
+
+from operator import add
 
 import jax
 import jax.numpy as jnp
 
 
 def advance(cell, wx, rh, state):
-    """The state after a token, in the dtypes of the one before it."""
+    """The state after a token, in the dtypes of the one before it; wx and rh [..., G, d]."""
+    gates = lambda a: tuple(a[..., gate, :] for gate in range(a.shape[-2]))
+    return stepped(cell, gates(wx), gates(rh), state)
+
+
+def stepped(cell, wx, rh, state):
+    """The same of gates apart."""
     after = cell(wx, rh, state)
     return tuple(new.astype(old.dtype) for new, old in zip(after, state, strict=True))
 
@@ -18,7 +27,8 @@ def advance(cell, wx, rh, state):
 def elman(wx, rh, state):
     """h = tanh(a) (Elman, 1990)"""
     del state
-    return (jnp.tanh((wx + rh)[..., 0, :]),)
+    (a,) = map(add, wx, rh)
+    return (jnp.tanh(a),)
 
 
 def gru(wx, rh, state):
@@ -26,8 +36,8 @@ def gru(wx, rh, state):
 
     The reset gate is applied after the product with R, so that one product serves all gates.
     """
-    r, z = _gates(jax.nn.sigmoid(wx[..., :2, :] + rh[..., :2, :]))
-    n = jnp.tanh(wx[..., 2, :] + r * rh[..., 2, :])
+    r, z = map(jax.nn.sigmoid, map(add, wx[:2], rh[:2]))
+    n = jnp.tanh(wx[2] + r * rh[2])
     return (n + z * (state[0] - n),)
 
 
@@ -36,7 +46,7 @@ def lstm(wx, rh, state):
 
     (Hochreiter & Schmidhuber, 1997; the forget gate: Gers et al., 2000)
     """
-    i, f, z, o = _gates(wx + rh)
+    i, f, z, o = map(add, wx, rh)
     c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(z)
     return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
@@ -49,14 +59,9 @@ def slstm(wx, rh, state):
     sigmoid(f) e^(m_before - m). While n is 0 there is nothing in them, and m is i alone.
     """
     _, c, n, m = state
-    i, f, z, o = _gates(wx + rh)
+    i, f, z, o = map(add, wx, rh)
     kept = jax.nn.log_sigmoid(f) + m
     m = jnp.where(n == 0, i, jnp.maximum(i, kept))
     i, f = jnp.exp(i - m), jnp.exp(jnp.minimum(kept - m, 0))  # kept > m only where n is 0
     c, n = f * c + i * jnp.tanh(z), f * n + i
     return jax.nn.sigmoid(o) * c / n, c, n, m
-
-
-def _gates(a):
-    """[..., G, d] -> G arrays [..., d]"""
-    return tuple(a[..., gate, :] for gate in range(a.shape[-2]))

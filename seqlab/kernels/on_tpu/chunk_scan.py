@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.errors import ModelError
-from seqlab.kernels.on_tpu.cost import estimate
+from seqlab.kernels.on_tpu import narrow_states
+from seqlab.kernels.on_tpu.call import VMEM, call
 from seqlab.kernels.on_tpu.layout import (
     Grid,
     grid_of,
@@ -36,8 +37,7 @@ from seqlab.kernels.on_tpu.layout import (
 )
 
 WIDTHS = (64, 128, 256, 512)  # of keys and values
-#: Bytes of the vector memory a kernel may use: of 128 MiB on v5e, v5p and v6e, 64 MiB on tpu7x.
-VMEM = 48 * 2**20
+SEMANTICS = ("parallel", "parallel", "arbitrary", "arbitrary")
 
 
 class Chunk(Protocol):
@@ -76,6 +76,10 @@ class OnTPU(NamedTuple):
         d_y = tuple(jax.tree.leaves(d_y))
         return backward(self.chunk, tokens, entering, d_y, d_state, self.size, self.interpret)
 
+    def alike(self, form):
+        """What is kept of narrow keys is kept so on other platforms too."""
+        return narrow_states.Alike(form)
+
     def _forward(self, tokens, state, keep: bool):
         ys, state, entering = forward(self.chunk, tokens, state, self.size, keep, self.interpret)
         return (tuple(ys) if len(ys) > 1 else ys[0], state), entering
@@ -107,19 +111,23 @@ def require(name: str, tokens: tuple, state) -> None:
 
 def forward(chunk: Chunk, tokens, state, size: int, keep: bool, interpret=False):
     """The results, the state after the last token and, if `keep`, those that enter the chunks
-    [N, B, H, K, V]."""
+    [N, B, H, K, V], or as `narrow_states` has them."""
     grid, results = grid_of(tokens, size, backward=False), chunk.results(*tokens)
     kept = kept_block(grid, state)
-    *ys, last = _call(
-        functools.partial(_forward_kernel, chunk=chunk, grid=grid, tokens=shapes(tokens)),
-        grid,
+    *ys, last = call(
+        functools.partial(
+            _forward_kernel, chunk=chunk, grid=grid, tokens=shapes(tokens), keep=keep
+        ),
+        grid.steps,
         [*laid(tokens, grid), (turned(state), state_block(grid, state))],
         [*to_lay(results, grid), *([kept] if keep else []), to_turn(state, grid)],
-        cost=(chunk.forward, [*tiles_of(tokens, grid), tile_of(state)]),
+        narrow_states.room(state) if keep else [],
+        semantics=SEMANTICS,
+        cost=(chunk.forward, [*tiles_of(tokens, grid), tile_of(state)], grid.times),
         name=f"{chunk.name}_forward",
         interpret=interpret,
     )
-    entering = turned(ys.pop()) if keep else None
+    entering = narrow_states.turned(ys.pop(), *state.shape[2:]) if keep else None
     return list(map(restored, ys, results)), turned(last), entering
 
 
@@ -129,19 +137,28 @@ def backward(chunk: Chunk, tokens, entering, d_results, d_state, size: int, inte
     shared = [a for a in floats if a.shape[2] < grid.all_heads and grid.inner > 1]
     given, d_given = shapes(tokens), shapes(d_results)
     _, kept = kept_block(grid, d_state)
-    *d, d_first = _call(
+    entering = narrow_states.turned(entering, *d_state.shape[2:])
+    *d, d_first = call(
         functools.partial(
-            _backward_kernel, chunk=chunk, grid=grid, tokens=given, d_results=d_given
+            _backward_kernel,
+            chunk=chunk,
+            grid=grid,
+            tokens=given,
+            d_results=d_given,
+            shared=len(shared),
         ),
-        grid,
-        [*laid(tokens, grid), (turned(entering), kept), *laid(d_results, grid)]
+        grid.steps,
+        [*laid(tokens, grid), (entering, kept), *laid(d_results, grid)]
         + [(turned(d_state), state_block(grid, d_state))],
         [*to_lay(floats, grid), to_turn(d_state, grid)],
-        [pltpu.VMEM((size, a.shape[3]), d_state.dtype) for a in shared],
+        [pltpu.VMEM((size, a.shape[3]), d_state.dtype) for a in shared]
+        + narrow_states.room(d_state),
+        semantics=SEMANTICS,
         cost=(
             chunk.backward,
             [*tiles_of(tokens, grid), tile_of(d_state)]
             + [*tiles_of(d_results, grid), tile_of(d_state)],
+            grid.times,
         ),
         name=f"{chunk.name}_backward",
         interpret=interpret,
@@ -154,10 +171,11 @@ def backward(chunk: Chunk, tokens, entering, d_results, d_state, size: int, inte
 # ---- kernels ----
 
 
-def _forward_kernel(*refs, chunk, grid, tokens):
+def _forward_kernel(*refs, chunk, grid, tokens, keep):
     inputs, (initial, *outputs) = refs[: len(tokens)], refs[len(tokens) :]
-    *results, state = outputs
-    entering = results.pop() if len(results) > len(chunk.results(*tokens)) else None
+    m = len(chunk.results(*tokens))
+    results, entering = outputs[:m], outputs[m : m + keep]
+    state, *room = outputs[m + keep :]
     for p, h in _heads(grid):
 
         @pl.when(pl.program_id(2) == 0)
@@ -165,19 +183,20 @@ def _forward_kernel(*refs, chunk, grid, tokens):
             state[h] = initial[h]
 
         S = state[h]
-        if entering is not None:
-            entering[p] = S
+        for ref in entering:
+            narrow_states.keep(ref, p, S, room)
         ys, state[h] = chunk.forward(*_read(inputs, tokens, grid, p), S)
         for ref, y in zip(results, ys, strict=True):
             _write(ref, y, p)
 
 
-def _backward_kernel(*refs, chunk, grid, tokens, d_results):
+def _backward_kernel(*refs, chunk, grid, tokens, d_results, shared):
     n, m = len(tokens), len(d_results)
     inputs, entering, cotangents, last = refs[:n], refs[n], refs[n + 1 : n + 1 + m], refs[n + 1 + m]
     floats = [a for a in tokens if a.dtype != bool]
     outputs = refs[n + m + 2 :]
-    d_tokens, state, sums = outputs[: len(floats)], outputs[len(floats)], outputs[len(floats) + 1 :]
+    d_tokens, (state, *scratch) = outputs[: len(floats)], outputs[len(floats) :]
+    sums, room = iter(scratch[:shared]), scratch[shared:]
     found = []
     for p, h in _heads(grid):
 
@@ -187,12 +206,11 @@ def _backward_kernel(*refs, chunk, grid, tokens, d_results):
 
         *d, state[h] = chunk.backward(
             *_read(inputs, tokens, grid, p),
-            entering[p],
+            narrow_states.kept(entering, p, room),
             *_read(cotangents, d_results, grid, p),
             state[h],
         )
         found.append(d)
-    sums = iter(sums)
     for ref, a, *d in zip(d_tokens, floats, *found, strict=True):
         if a.shape[2] == grid.all_heads:
             for p, each in enumerate(d):
@@ -251,36 +269,3 @@ def _write(ref, x, p: int):
     else:
         X = x.shape[1]
         ref[:, p * X : (p + 1) * X] = x.astype(ref.dtype)
-
-
-def _call(kernel, grid, inputs, outputs, scratch=(), *, cost, name, interpret):
-    """`inputs` are pairs of an array and its block, `outputs` of a shape and its block."""
-    arrays, in_specs = zip(*inputs, strict=True)
-    out_shape, out_specs = zip(*outputs, strict=True)
-    varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
-    arrays = [_varying(a, varying) for a in arrays]
-    varies = jax.typeof(arrays[0]).manual_axis_type
-    out_shape = [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=varies) for s in out_shape]
-    once, tiles = cost
-    times = math.prod(grid.steps) * grid.heads
-    return pl.pallas_call(
-        kernel,
-        grid=grid.steps,
-        in_specs=in_specs,
-        out_shape=out_shape,
-        out_specs=out_specs,
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=VMEM,
-        ),
-        cost_estimate=estimate(once, tiles, times, [*arrays, *out_shape]),
-        interpret=interpret,
-        name=name,
-    )(*arrays)
-
-
-def _varying(a, axes):
-    """The same values, typed as differing along these mesh axes."""
-    new = tuple(axes - jax.typeof(a).manual_axis_type.varying)
-    return lax.pcast(a, new, to="varying") if new else a

@@ -8,7 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.extend.core import Jaxpr, JaxprEqn
 
-UNIT = 128  # columns and rows of a matrix unit: fewer take as long
+from seqlab.kernels.on_tpu.tiles import LANES
+
 PASSES = 6  # in bfloat16, of a product whose operands are not rounded
 
 
@@ -39,7 +40,7 @@ def _products(eqn: JaxprEqn) -> int:
     (over, _), _ = eqn.params["dimension_numbers"]
     a, b = (v.aval for v in eqn.invars)
     summed = math.prod(a.shape[axis] for axis in over)  # pyright: ignore
-    whole = lambda n: -(-n // UNIT) * UNIT
+    whole = lambda n: -(-n // LANES) * LANES  # fewer take as long
     rows, columns = a.size // summed, b.size // summed  # pyright: ignore
     passes = 1 if eqn.params["precision"] is None else PASSES
     return 2 * rows * whole(summed) * whole(columns) * passes

@@ -9,13 +9,15 @@ numbers. Only what has one number a head is turned, so that the tokens of a chun
     state    [B, H, K, V]       [V, K]: a decay a channel lies along rows
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-LANES = 128
+from seqlab.kernels.on_tpu.narrow_states import kept_shape
+from seqlab.kernels.on_tpu.tiles import LANES
 
 
 class Grid(NamedTuple):
@@ -36,6 +38,11 @@ class Grid(NamedTuple):
     @property
     def steps(self) -> tuple[int, int, int, int]:
         return self.B, self.outer, self.chunks, self.inner
+
+    @property
+    def times(self) -> int:
+        """How often a chunk of a head is worked on."""
+        return math.prod(self.steps) * self.heads
 
     @property
     def all_heads(self) -> int:
@@ -114,11 +121,11 @@ def to_turn(state, grid: Grid) -> tuple:
 
 
 def kept_block(grid: Grid, state) -> tuple:
-    """The states that enter the chunks, [N, B, H, V, K], and the block of them."""
-    B, H, K, V = state.shape
+    """The states that enter the chunks, as they are kept, and the block of them."""
+    B, H, *one = state.shape
     index = lambda b, o, c, i: (grid.time(c), b, o * grid.inner + i, 0, 0)
-    shape = jax.ShapeDtypeStruct((grid.chunks, B, H, V, K), state.dtype)
-    return shape, pl.BlockSpec((None, None, grid.heads, V, K), index)
+    shape = jax.ShapeDtypeStruct((grid.chunks, B, H, *kept_shape(*one)), state.dtype)
+    return shape, pl.BlockSpec((None, None, grid.heads, *kept_shape(*one)), index)
 
 
 def tiles_of(arrays, grid: Grid) -> list:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+LANES = 128  # numbers in a row of a register, of memory and of the matrix unit
+
 
 def product(a, b, over: tuple[int, int] = (1, 0)):
     """a b, summed over one axis of each, in float32 or wider; operands of at least float32 are not
