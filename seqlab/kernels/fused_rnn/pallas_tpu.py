@@ -15,7 +15,6 @@ from seqlab.errors import ModelError
 from seqlab.kernels import platforms
 from seqlab.kernels.fused_rnn import kernels_tpu
 from seqlab.kernels.fused_rnn.layout_tpu import Lies, apart, beside, blocks_of, heads_of
-from seqlab.kernels.fused_rnn.xla import InXLA
 from seqlab.kernels.on_tpu.call import call
 
 
@@ -29,12 +28,6 @@ def scanned(wx, reset, R, bias, state, *, cell, interpret=False):
         )
     forms = platforms.Forms(OnTPU(cell, interpret))
     return platforms.scan(forms, (wx, reset, R, bias), tuple(state))
-
-
-def by_platform(wx, reset, R, bias, state, *, cell):
-    """The kernels where it is lowered for a TPU, if they suit, and `xla` elsewhere."""
-    on_tpu = OnTPU(cell) if blocks_of(wx, R, state) else None
-    return platforms.scan(platforms.Forms(InXLA(cell), on_tpu), (wx, reset, R, bias), tuple(state))
 
 
 class Alike(NamedTuple):
