@@ -22,9 +22,10 @@ CHUNK = 16
 FAMILIES: dict[str, Any] = {"outer product": decayed_outer_product, "delta rule": delta_rule}
 EVERYWHERE = {"chunk_outputs", "chunk_states", "chunk_couplings", "chunk_states_backward"}
 SOLVING = {"chunk_inverse", "chunk_corrections"}
+CHANNELS = {"channel_operands", "channel_scores", "channel_pairs", "channel_gradient"}
 KERNELS = {
     ("outer product", 1): {"head_scores", "head_gradient"},
-    ("delta rule", 1): {"head_scores", "head_gradient", *SOLVING},
+    ("delta rule", 64): {*CHANNELS, *SOLVING},
 }
 
 
@@ -74,6 +75,8 @@ def small_pieces(monkeypatch):
     [
         ("outer product", 1, 2, 1, True),
         ("delta rule", 1, 2, 1, False),
+        ("outer product", 2, 2, 32, False),
+        ("delta rule", 1, 2, 32, False),
     ],
 )
 def test_kernels_equal_the_definition(family, G, H, channels, normaliser, small_pieces):

@@ -100,14 +100,10 @@ class _Chunks:
 
 def suits(tokens: tuple, size: int) -> bool:
     """Whether the kernels can run q, k, v, ...: of what they cannot, XLA makes its own."""
-    q, k, v, *_, log_decay, _ = tokens
+    q, k, v = tokens[:3]
     widths = q.shape[3] in WIDTHS[:-1] and v.shape[3] in WIDTHS
-    return (
-        log_decay.shape[3] == 1
-        and widths
-        and size <= LONGEST
-        and q.dtype == k.dtype == v.dtype != jnp.float16
-    )
+    alike = q.dtype == k.dtype == v.dtype != jnp.float16
+    return alike and widths and size <= LONGEST
 
 
 def require(name: str, tokens: tuple, size: int) -> None:
