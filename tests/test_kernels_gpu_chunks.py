@@ -18,7 +18,7 @@ from seqlab.kernels.delta_rule import delta_rule
 from seqlab.kernels.on_gpu import blocks, chunk_scan
 from seqlab.parallel.mesh import make_mesh, use_mesh
 
-CHUNK = 16
+CHUNK = 32
 FAMILIES: dict[str, Any] = {"outer product": decayed_outer_product, "delta rule": delta_rule}
 EVERYWHERE = {"chunk_outputs", "chunk_states", "chunk_couplings", "chunk_states_backward"}
 SOLVING = {"chunk_inverse", "chunk_corrections"}
@@ -29,7 +29,7 @@ KERNELS = {
 }
 
 
-def tokens(family, G, H, K, V, channels, normaliser=False, B=1, T=40, dtype: Any = "f8"):
+def tokens(family, G, H, K, V, channels, normaliser=False, B=1, T=72, dtype: Any = "f8"):
     """Two whole chunks and a part of one, with documents and gates that wipe out everything."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape)
