@@ -99,7 +99,7 @@ def blockwise(
     rows, columns = block or block_for(options.window)
     queries = in_rows((q, q_position, q_document), k.shape[2], rows)
     keys = in_columns((k, v, k_position, k_document), columns)
-    chosen = forms(options, queries, keys) if forms else Forms(InXLA(options, HERE))
+    chosen = forms(options, queries, keys) if forms else Forms(InXLA(options, ALONE))
     return in_order(attend(chosen, queries, keys), q.shape[:3])
 
 
@@ -280,7 +280,7 @@ def pull(options: Options, done: Answered, keys: Keys, gradients: Gradients) -> 
     return Gradients(*_row_by_row(row, options, q_at, k_at, tuple(gradients)))
 
 
-HERE = Meeting(see, pull)
+ALONE = Meeting(see, pull)
 
 
 def _row_by_row(row, options, q_at, k_at, carry):
