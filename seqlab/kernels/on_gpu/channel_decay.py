@@ -98,14 +98,15 @@ def channel_scores(x, out, sizes: Sizes):
     own, a = _Block.here(x, sizes, 0, sizes.K)
     kinds = {"scores": own.q, "overlaps": own.k}
     rows = {name: row for name, row in kinds.items() if out[name] is not None}
-    nothing = jnp.zeros((BLOCK, BLOCK), x["log_decay"].dtype)
+    upto = own.upto
+    nothing = jnp.zeros((BLOCK, BLOCK), upto.dtype)
 
     def earlier(n, between):
         block = own.other(-1 - n)
         keys = block.keys(between)
         sees = own.document[:, None] == block.document[None, :]
         for name, row in rows.items():
-            pairs = rows_by_rows((row * own.upto).astype(row.dtype), keys)
+            pairs = rows_by_rows((row * upto).astype(row.dtype), keys)
             own.at.put_block(out[name], jnp.where(sees, pairs, 0), a - 1 - n)
         return between * block.whole
 
@@ -155,18 +156,19 @@ def channel_pairs(x, out, sizes: Sizes, rows: int):
         block = own.other(-1 - n)
         dA, dM, _ = squares(own, a - 1 - n)
         of_q, of_k = by_rows(dA, dM, block.keys(between))
-        return between * block.whole, to_q + own.upto * of_q, as_row + own.upto * of_k
+        return between * block.whole, to_q + of_q, as_row + of_k
 
     def later(n, found):
         between, to_k = found
         block = own.other(1 + n)
         dA, _, dM = squares(block, a)
         queries = [(y * (block.upto * between)).astype(few) for y in (block.q, block.k)]
-        return between * block.whole, to_k + own.after * by_columns(dA, dM, *queries)
+        return between * block.whole, to_k + by_columns(dA, dM, *queries)
 
     whole = jnp.ones_like(own.whole)
     _, to_q, as_row = loop(a, earlier, (whole, nothing, nothing))
     _, to_k = loop(sizes.size // BLOCK - 1 - a, later, (whole, nothing))
+    to_q, as_row, to_k = own.upto * to_q, own.upto * as_row, own.after * to_k
     dA, dM, dM_beta = squares(own, a)
     for parts, decay in own.borders():
         masked = lambda d, parts=parts: None if d is None else jnp.where(parts, d, 0).astype(few)
@@ -198,8 +200,8 @@ class _Block(NamedTuple):
 
     @classmethod
     def of(cls, x, at: Place, row, rows: int):
-        some = lambda name: at.tokens(x[name], row, rows)
-        return cls(x, at, row, *map(some, ("q", "k", "log_decay")), at.numbers(x["documents"]))
+        q, k, log_decay = (at.tokens(x[name], row, rows) for name in ("q", "k", "log_decay"))
+        return cls(x, at, row, q, k, log_decay, at.numbers(x["documents"]))
 
     def other(self, distance):
         at = self.at._replace(n=self.at.n + distance)
