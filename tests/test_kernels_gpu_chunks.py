@@ -125,10 +125,8 @@ def test_a_train_step_of_gla_for_gpus_has_the_kernels():
     mixer = gla.Config(heads=2, expand_k=1.0)
     model = lm.Config(vocab=64, d_model=128, pattern=(mixer,), dtype="bfloat16").skeleton()
     optimizer = optax.sgd(0.1)
-    row = jax.ShapeDtypeStruct((2, 81), jnp.int32)
+    row: Any = jax.ShapeDtypeStruct((2, 81), jnp.int32)
     state = states.abstract(model, optimizer, make_mesh(1, 1, 1, jax.devices()[:1]))
-    found = kernels_for_gpus(
-        make_step(model, optimizer), *state, Batch(row, row)
-    )
+    found = kernels_for_gpus(make_step(model, optimizer), *state, Batch(row, row))
     channels = {"channel_operands", "channel_scores", "channel_pairs", "channel_gradient"}
     assert found == EVERYWHERE | channels

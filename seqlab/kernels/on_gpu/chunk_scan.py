@@ -110,7 +110,7 @@ def suits(tokens: tuple, size: int) -> bool:
 def usable(name: str, tokens: tuple, size: int) -> bool:
     """Whether they suit, and are to be believed on the GPU at hand (see `trust`)."""
     kernels, dtype = name + (OF_CHANNELS if tokens[-2].shape[3] > 1 else ""), tokens[0].dtype
-    tried = jnp.dtype(dtype).name in trust.DTYPES[kernels]
+    tried = jnp.dtype(dtype).name in trust.DTYPES.get(kernels, ())
     return suits(tokens, size) and tried and trust.trusted(kernels, dtype)
 
 
