@@ -102,15 +102,15 @@ def elementwise(E=1024, N=16):
     ]
 
 
-def recurrent(cell, gates: int, leaves: int, d=128):
-    """A case of a recurrent network."""
+def recurrent(cell, gates: int, leaves: int, d: int, usual=False):
+    """A case of a non-linear cell, of so many gates and arrays in its state."""
     weights, states = [(H, d, gates, d), (H, gates, d)], [(H, d)] * leaves
 
     def run(tokens, weights, reset, states):
         return fused_rnn(*tokens, reset, *weights, tuple(states), cell=cell)
 
     tokens = [((H, gates, d), FEW)]
-    return Case("fused_rnn", cell.__name__, str(d), "", tokens, states, run, True, weights)
+    return Case("fused_rnn", cell.__name__, str(d), "", tokens, states, run, usual, weights)
 
 
 def softmax(about, K=128, V=128, *, groups=H, before=0, usual=False, **options):
@@ -147,10 +147,13 @@ CASES = [
     chunked(delta_rule, "one decay a head", 64, 64),
     chunked(delta_rule, "one decay a channel", channels=128),
     chunked(delta_rule, "one decay a channel", 64, 64, channels=64),
+    chunked(diagonal_plus_low_rank, "one decay a channel", channels=128),
     chunked(diagonal_plus_low_rank, "one decay a channel", 64, 64, channels=64),
     *elementwise(),
-    recurrent(cells.slstm, gates=4, leaves=4),
-    recurrent(cells.lstm, gates=4, leaves=2),
+    recurrent(cells.slstm, 4, 4, 128, usual=True),
+    recurrent(cells.slstm, 4, 4, 256),
+    recurrent(cells.lstm, 4, 2, 64),
+    recurrent(cells.gru, 3, 1, 128),
     softmax("causal", usual=True),
     softmax("causal, shared keys", 64, 64, groups=2),
     softmax("window of 512, 4 sinks", window=512, sinks=4),
