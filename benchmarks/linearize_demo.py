@@ -103,13 +103,15 @@ def taught() -> tuple[lm.LM, Data]:
     folder, betas = OUT / "teacher", (0.9, 0.98)
     copying = mixture("copying", 128, 0.75, documents=8000, gap=None)
     lines = mixture("lines", 128, 0.8, documents=8000, gap=4)
-    text = mixture("text", LENGTH, 0.1, documents=1000, gap=200)
+    far = mixture("far", LENGTH, 0.8, documents=1000, gap=20, far=True)
+    text = mixture("text", LENGTH, 0.1, documents=1000, gap=40, far=True)
     constant = Optimizer(lr=5e-3, betas=betas, warmup=30, schedule="constant")
     train(lesson(copying, 300, constant), folder / "copying")
     lower = dataclasses.replace(constant, lr=3e-3, warmup=10)
     train(lesson(lines, 250, lower, start=str(folder / "copying")), folder / "lines")
+    train(lesson(far, 80, lower, start=str(folder / "lines")), folder / "far")
     cosine = Optimizer(lr=3e-3, betas=betas, warmup=30)
-    last = lesson(text, 240, cosine, start=str(folder / "lines"))
+    last = lesson(text, 240, cosine, start=str(folder / "far"))
     return train(last, folder / "text").model, text
 
 
