@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 
 import benchmarks.record as record
+from seqlab.bench.machine import memory
 from seqlab.infer.sample import Sampling
 from seqlab.infer.session import Session
 from seqlab.layers.registry import mixer_config
@@ -49,7 +50,7 @@ def measure(session: Session) -> dict:
     return {
         "token": int(session.position[0]),
         "state bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(session.state)),
-        "process bytes": record.memory("VmRSS"),
+        "process bytes": memory("VmRSS"),
         "us per token": 1e6 * seconds(session, 512) / 512,
     }
 

@@ -22,8 +22,8 @@ from flax import nnx
 
 import benchmarks.record as record
 from benchmarks import linearize_pictures as pictures
-from benchmarks import timing
 from seqlab import heap
+from seqlab.bench import timing
 from seqlab.infer.session import Session
 from seqlab.layers.mixers import attention
 from seqlab.linearize import stage

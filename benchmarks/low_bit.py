@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 import benchmarks.record as record
-from benchmarks.timing import lap
+from seqlab.bench.timing import lap
 from seqlab.infer.sample import Sampling
 from seqlab.infer.session import Session
 from seqlab.kernels import quantize, trit_planes
@@ -131,10 +131,10 @@ def projections(model: lm.LM) -> int:
 def loaded(path: pathlib.Path) -> int:
     """Bytes that a process grows by when it loads the model once more."""
     script = (
-        "import sys, jax, seqlab, benchmarks.record as r\n"
-        "held = [seqlab.load(sys.argv[1])]; jax.block_until_ready(held); a = r.memory('VmRSS')\n"
+        "import sys, jax, seqlab, seqlab.bench.machine as m\n"
+        "held = [seqlab.load(sys.argv[1])]; jax.block_until_ready(held); a = m.memory('VmRSS')\n"
         "held += [seqlab.load(sys.argv[1]) for _ in range(8)]; jax.block_until_ready(held)\n"
-        "print((r.memory('VmRSS') - a) // 8)"
+        "print((m.memory('VmRSS') - a) // 8)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True

@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 
 import benchmarks.record as record
-from benchmarks import jax_peers, published, timing
+from benchmarks import jax_peers, published
+from seqlab.bench import machine, timing
 from seqlab.conformance import tolerance
 from seqlab.layers.registry import mixer_config, own_mixers
 
@@ -49,7 +50,7 @@ def alone(name: str) -> dict:
     both = jax.jit(jax.grad(loss, (0, 1), allow_int=True))
     state = mixer.init_state(B)
     program = both.lower(mixer, x, state).compile()
-    time = lambda work: timing.seconds(lambda: jax.block_until_ready(work()), ROUNDS)
+    time = lambda work: timing.seconds(lambda: jax.block_until_ready(work()), ROUNDS).median
     row = {
         "mixer": name,
         "forward ms": 1e3 * time(lambda: forward(mixer, x, state)),
@@ -102,17 +103,17 @@ def against(peer: jax_peers.Peer) -> list[dict]:
 
 
 def raced(name, peer, what, length, ours, theirs) -> dict:
-    race = timing.race(ours, theirs, ROUNDS if what != "decode" else 40)
+    rounds = ROUNDS if what != "decode" else 40
+    laps = timing.race({"ours": ours, "theirs": theirs}, rounds)
     row = {
         "what": name,
         "peer": peer,
         "pass": what,
         "tokens a row": length,
-        "our ms": 1e3 * race.ours,
-        "their ms": 1e3 * race.theirs,
-        "ratio": race.ratio,
-        "ratio of CPU seconds": race.cpu_ratio,
-        "cores": len(os.sched_getaffinity(0)),
+        "our ms": 1e3 * float(np.median(laps["ours"].seconds)),
+        "their ms": 1e3 * float(np.median(laps["theirs"].seconds)),
+        **timing.ratios(laps["theirs"], laps["ours"]),
+        "cores": machine.cores(),
         "load": os.getloadavg()[0],
     }
     print(row, flush=True)

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 import benchmarks.record as record
+from seqlab.bench.machine import memory
 from seqlab.infer import text
 from seqlab.infer.session import Session
 from seqlab.layers.registry import mixer_config
@@ -51,7 +52,7 @@ def measure(path: str) -> dict:
     seconds = time.perf_counter() - began
     return {
         "tokens": int(session.position[0]),
-        "peak bytes": record.memory("VmHWM"),
+        "peak bytes": memory("VmHWM"),
         "state bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(session.state)),
         "tokens/s, with compilation": float(session.position[0] / seconds),
     }

@@ -1,15 +1,13 @@
 """What every benchmark does with its numbers: a table, a verdict on each claim, a JSON file."""
 
-import json
-import os
 import pathlib
-import platform
+import shlex
+import sys
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from rich.console import Console
-from rich.table import Table
+
+from seqlab.bench import record as figures
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -25,42 +23,12 @@ class Claim(NamedTuple):
 def record(name: str, rows: list[dict[str, Any]], claims: list[Claim]) -> int:
     """Print the rows and the claims, write results/NAME.json; 0 if every claim holds, else 1."""
     console = Console()
-    table = Table(*rows[0], title=name)
-    for row in rows:
-        table.add_row(*map(_shown, row.values()))
-    console.print(table)
+    console.print(figures.table(name, rows))
     for claim in claims:
         verdict = "[green]pass[/]" if claim.holds else "[red]FAIL[/]"
         console.print(f"{verdict}  {claim.says}: {claim.number}")
-    RESULTS.mkdir(exist_ok=True)
+    script = pathlib.Path(sys.argv[0]).stem
+    command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
     verdicts = [claim._asdict() for claim in claims]
-    content = json.dumps({"machine": machine(), "rows": rows, "claims": verdicts}, indent=2)
-    (RESULTS / f"{name}.json").write_text(content + "\n")
+    figures.save(RESULTS, name, figures.head(command) | {"rows": rows, "claims": verdicts})
     return 0 if all(claim.holds for claim in claims) else 1
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the code."""
-    device = jax.devices()[0]
-    return {
-        "cpus": os.cpu_count(),
-        "processor": platform.machine(),
-        "device": f"{len(jax.devices())} x {device.device_kind}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def memory(field: str) -> int:
-    """Bytes of this process: field "VmRSS" now, "VmHWM" at most so far (Linux)."""
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")

@@ -28,7 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import benchmarks.record as record
-from benchmarks import timing
+from seqlab.bench import timing
 from seqlab.conformance import tolerance
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.parallel.cost import A100, EXACT, H100, V5P, Link, seconds

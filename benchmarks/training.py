@@ -3,8 +3,8 @@
     python -m benchmarks.training [NAME | NAME@TOKENS ...]
 
 Six layers of width 512, two rows, float32 on the CPU, with clipping and AdamW. A model that
-transformers trains token by token is raced at a length that it finishes. Measured in turns, the
-best of each counts. Where other work keeps the cores busy, claims go by CPU seconds, and it is best
+transformers trains token by token is raced at a length that it finishes. Measured in turns;
+medians count. Where other work keeps the cores busy, claims go by CPU seconds, and it is best
 to give both sides one core (`taskset -c 0 python -m ...`): threads that wait for a core spin.
 The peer `mamba.py` needs the package `mambapy`, which no other part of seqlab uses.
 """
@@ -16,17 +16,20 @@ from seqlab import heap
 
 heap.keep()  # as `seqlab train` does, and before any thread is there; it serves both sides
 
+import numpy as np  # noqa: E402
+
 import benchmarks.record as record  # noqa: E402
-from benchmarks import published, timing  # noqa: E402
+from benchmarks import published  # noqa: E402
+from seqlab.bench import machine, timing  # noqa: E402
 
 LAYERS, BATCH = 6, 2
 #: Tokens a row, rounds, and how many times as fast as the peer we claim to be.
 RACES = {
-    "mamba": (256, 2, 5.0),
-    "mamba, mamba.py": (512, 2, 2.3),
-    "mamba2": (2048, 2, 1.5),
+    "mamba": (256, 3, 5.0),
+    "mamba, mamba.py": (512, 3, 2.3),
+    "mamba2": (2048, 3, 1.5),
     "xlstm": (2048, 6, 1.1),
-    "qwen3_next": (2048, 2, 1.2),
+    "qwen3_next": (2048, 3, 1.2),
     "llama": (2048, 6, 0.9),
 }
 
@@ -48,15 +51,15 @@ def measure(name: str) -> list[dict]:
     ours, our_bytes = published.our_training(pair.ours, BATCH, length)
     theirs = published.their_training(pair.theirs, BATCH, length)
     their_bytes = timing.peak(theirs)
-    raced = timing.race(ours, theirs, rounds)
+    laps = timing.race({"ours": ours, "theirs": theirs}, rounds)
+    speed = lambda who: BATCH * length / float(np.median(laps[who].seconds))
     row = {
         "model": name,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": machine.cores(),
         "tokens a row": length,
-        "our tokens/s": BATCH * length / raced.ours,
-        "their tokens/s": BATCH * length / raced.theirs,
-        "ratio": raced.ratio,
-        "ratio of CPU seconds": raced.cpu_ratio,
+        "our tokens/s": speed("ours"),
+        "their tokens/s": speed("theirs"),
+        **timing.ratios(laps["theirs"], laps["ours"]),
         "our bytes for a step": our_bytes,
         "their bytes for a step": their_bytes,
         "load": os.getloadavg()[0],

@@ -1,9 +1,8 @@
-"""The table of kernels.md: TPU kernels compiled ahead of time, and what they move.
+"""The tables of kernels.md: programs compiled ahead of time for TPUs, and what is in them.
 
 python docs/kernels.py [TOPOLOGY ...]    (v5e:2x2 and others; libtpu compiles, nothing runs)
 """
 
-import functools
 import math
 import pathlib
 import re
@@ -15,63 +14,106 @@ import jax
 import jax.numpy as jnp
 from jax import P
 
+from seqlab.kernels.attention import attention_with_lse
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.delta_rule import delta_rule
+from seqlab.layers.registry import mixer_config
+from seqlab.models import lm
 from seqlab.parallel.mesh import make_mesh, use_mesh
-from seqlab.plan import topology
+from seqlab.plan import programs, topology
+from seqlab.plan.estimate import PASSES, Estimate, estimate, in_kernel
+from seqlab.plan.flops import forward
+from seqlab.train.config import Config, Mesh
+from seqlab.train.data import Data
+from seqlab.train.sources import Tokens
 
 PAGE = pathlib.Path(__file__).parent / "kernels.md"
 MARK = "<!-- the rest is of python docs/kernels.py -->\n\n"
 TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 B, T, H = 2, 2048, 4
-
-
-class Case(NamedTuple):
-    name: str
-    f: Callable
-    K: int = 128
-    V: int = 128
-    groups: int = H
-    channels: int = 1
-    chunk: int = 64
-    normaliser: bool = False
-
-    @property
-    def family(self) -> str:
-        return self.f.__name__
-
-    @property
-    def usual(self) -> bool:
-        """Whether it is compiled for every target, not for the first alone."""
-        return (self.K, self.V, self.groups, self.chunk) == (128, 128, H, 64)
-
-
-CASES = [
-    Case("one decay a head", decayed_outer_product),
-    Case("one decay a head", decayed_outer_product, chunk=128),
-    Case("one decay a head", decayed_outer_product, 64, 64),
-    Case("one decay a head", decayed_outer_product, 64, 64, chunk=128),
-    Case("one decay a head", decayed_outer_product, 256, 512),
-    Case("one decay a head, shared keys", decayed_outer_product, 128, 64, groups=1),
-    Case("one decay a head, normaliser", decayed_outer_product, 256, 512, normaliser=True),
-    Case("one decay a head, normaliser", decayed_outer_product, normaliser=True),
-    Case("one decay a channel", decayed_outer_product, channels=128),
-    Case("one decay a channel", decayed_outer_product, channels=128, chunk=128),
-    Case("one decay a channel", decayed_outer_product, 256, 512, channels=256),
-    Case("one decay a head", delta_rule),
-    Case("one decay a head", delta_rule, chunk=128),
-    Case("one decay a head", delta_rule, 64, 64, chunk=128),
-    Case("one decay a channel", delta_rule, channels=128),
-    Case("one decay a channel", delta_rule, 64, 64, channels=64),
-]
+FEW, WIDE = jnp.bfloat16, jnp.float32
 
 
 def main(targets) -> None:
     asked = [(case, targets[0]) for case in CASES]
     asked += [(case, target) for target in targets[1:] for case in CASES if case.usual]
     rows = [row for case, target in asked for row in measured(case, target)]
+    of_steps = [stepped(step, targets[0]) for step in STEPS]
     text, mark, _ = PAGE.read_text("utf-8").partition(MARK)
-    PAGE.write_text(text + mark + table(rows) + "\n", "utf-8")
+    PAGE.write_text(text + mark + table(rows) + "\n\n" + steps_table(of_steps) + "\n", "utf-8")
+
+
+# ---- kernels alone ----
+
+
+class Case(NamedTuple):
+    """A kernel of `family`, with a gradient; `usual` ones are compiled for every target.
+
+    tokens  widths and dtype of each array of [B, T, ...]
+    state   shape of a state of a row, in float32; None for none
+    run     tokens, reset [B, T], state -> results
+    """
+
+    family: str
+    about: str
+    widths: str
+    chunk: str
+    tokens: list[tuple[tuple[int, ...], Any]]
+    state: tuple[int, ...] | None
+    run: Callable
+    usual: bool = False
+
+
+def chunked(f: Any, about, K=128, V=128, chunk=64, *, groups=H, channels=1, normaliser=False):
+    """A case of a scan over chunks."""
+    tokens = [((groups, K), FEW), ((groups, K), FEW), ((H, V), FEW)]
+    tokens += [((H,), WIDE)] * (f is delta_rule) + [((H, channels), WIDE)]
+    options = {"chunk_size": chunk, **({"normaliser": True} if normaliser else {})}
+    run = lambda tokens, reset, state: f(*tokens, reset, state, **options)
+    usual = (K, V, groups, chunk) == (128, 128, H, 64)
+    widths, state = f"{K}, {V}", (H, K, V + normaliser)
+    return Case(f.__name__, about, widths, str(chunk), tokens, state, run, usual)
+
+
+def softmax(about, K=128, V=128, *, groups=H, before=0, usual=False, **options):
+    """A case of attention; of the keys, `before` come before the first query."""
+    tokens = [((H, K), FEW), ((groups, K), FEW), ((groups, V), FEW)]
+
+    def run(tokens, reset, state):
+        q, k, v = tokens
+        position = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        at = position, jnp.cumsum(reset, 1, dtype=jnp.int32)
+        past = None
+        if before:
+            held = jnp.zeros((B, before), jnp.int32)
+            past = *(jnp.zeros((B, before, *a.shape[2:]), FEW) for a in (k, v)), held, held - 1
+        return attention_with_lse(q, k, v, *at, *at, past=past, **options)
+
+    return Case("attention", about, f"{K}, {V}", "", tokens, None, run, usual)
+
+
+CASES = [
+    chunked(decayed_outer_product, "one decay a head"),
+    chunked(decayed_outer_product, "one decay a head", chunk=128),
+    chunked(decayed_outer_product, "one decay a head", 64, 64),
+    chunked(decayed_outer_product, "one decay a head", 64, 64, 128),
+    chunked(decayed_outer_product, "one decay a head", 256, 512),
+    chunked(decayed_outer_product, "one decay a head, shared keys", 128, 64, groups=1),
+    chunked(decayed_outer_product, "one decay a head, normaliser", 256, 512, normaliser=True),
+    chunked(decayed_outer_product, "one decay a head, normaliser", normaliser=True),
+    chunked(decayed_outer_product, "one decay a channel", channels=128),
+    chunked(decayed_outer_product, "one decay a channel", chunk=128, channels=128),
+    chunked(decayed_outer_product, "one decay a channel", 256, 512, channels=256),
+    chunked(delta_rule, "one decay a head"),
+    chunked(delta_rule, "one decay a head", chunk=128),
+    chunked(delta_rule, "one decay a head", 64, 64),
+    chunked(delta_rule, "one decay a channel", channels=128),
+    chunked(delta_rule, "one decay a channel", 64, 64, channels=64),
+    softmax("causal", usual=True),
+    softmax("causal, shared keys", 64, 64, groups=2),
+    softmax("window of 512, 4 sinks", window=512, sinks=4),
+    softmax("keys of 192 (MLA)", 192, 128),
+]
 
 
 class Row(NamedTuple):
@@ -88,7 +130,7 @@ class Row(NamedTuple):
 
 def measured(case: Case, target: str) -> list[Row]:
     text = compiled(case, target)
-    print(target, case.family, *case[2:], file=sys.stderr, flush=True)
+    print(target, *case[:4], file=sys.stderr, flush=True)
     found = []
     for line in text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
@@ -105,26 +147,84 @@ def compiled(case: Case, target: str) -> str:
     projections leave them: heads side by side."""
     mesh = make_mesh(devices=topology.parse(target).devices)
     here = jax.NamedSharding(mesh, P())
-    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=here)
-    wide = functools.partial(shape, dtype=jnp.float32)
-    widths = [case.groups * case.K] * 2 + [H * case.V]
-    gates = [wide(B, T, H)] * (case.f is delta_rule) + [wide(B, T, H * case.channels)]
-    flat = [*(shape(B, T, width) for width in widths), *gates]
-    state = wide(B, H, case.K, case.V + case.normaliser)
+    shape = lambda *s, dtype: jax.ShapeDtypeStruct(s, dtype, sharding=here)
+    flat = [shape(B, T, math.prod(widths), dtype=dtype) for widths, dtype in case.tokens]
+    state = shape(B, *case.state, dtype=WIDE) if case.state else None
 
     def loss(flat, reset, state):
-        heads = (case.groups, case.groups, *[H] * (len(flat) - 2))
-        tokens = [a.reshape(B, T, h, -1) for a, h in zip(flat, heads, strict=True)]
-        if case.f is delta_rule:
-            tokens[3] = tokens[3][..., 0]
-        options: Any = {"normaliser": True} if case.normaliser else {}
-        y, state = case.f(*tokens, reset, state, chunk_size=case.chunk, **options)
-        total = lambda a: jnp.sum(jnp.sin(a.reshape(B, T, -1).astype(jnp.float32)))
-        return sum(map(total, jax.tree.leaves(y))) + jnp.sum(state)
+        tokens = [a.reshape(B, T, *w) for a, (w, _) in zip(flat, case.tokens, strict=True)]
+        total = lambda a: jnp.sum(jnp.sin(a.reshape(len(a), -1).astype(WIDE)))
+        return sum(map(total, jax.tree.leaves(case.run(tokens, reset, state))))
 
     with use_mesh(), jax.set_mesh(mesh):
         program = jax.jit(jax.grad(loss, argnums=(0, 2)))
-        return str(program.lower(flat, shape(B, T, dtype=bool), state).compile().as_text())
+        return str(program.lower(flat, shape(B, T, dtype=jnp.bool_), state).compile().as_text())
+
+
+# ---- whole train steps ----
+
+
+class Step(NamedTuple):
+    """A mixer of a model, and the family of its kernels."""
+
+    family: str
+    mixer: str
+    fields: dict[str, Any]
+
+
+STEPS = [
+    Step("decayed_outer_product", "gla", {"expand_k": 1.0}),
+    Step("decayed_outer_product", "mamba2", {"head_dim": 64, "d_state": 128}),
+    Step("decayed_outer_product", "mlstm", {"heads": 2}),
+    Step("delta_rule", "gated_delta_net", {"key_heads": 4, "key_dim": 128, "value_dim": 128}),
+    Step("delta_rule", "kda", {"key_dim": 128, "value_dim": 128}),
+    Step("selective_scan", "mamba", {}),
+    Step("linear_scan", "rg_lru", {}),
+    Step("fused_rnn", "slstm", {}),
+    Step("diagonal_plus_low_rank", "rwkv7", {"heads": 8}),
+    Step("attention", "attention", {"max_length": 1024}),
+]
+
+
+class Stepped(NamedTuple):
+    step: Step
+    in_xla: Estimate
+    chosen: Estimate
+    kernels: list[str]
+    in_kernels: float
+
+
+def stepped(step: Step, target: str) -> Stepped:
+    """A train step of two layers, with the form in XLA and with what is taken there."""
+    there = topology.parse(target)
+    in_xla, chosen = (_estimated(step, there, name) for name in ("xla", None))
+    print(target, step.mixer, in_xla.seconds, chosen.seconds, file=sys.stderr, flush=True)
+    kernels = chosen.program.schedule.kernels if chosen.program.schedule else ()
+    seconds = sum(k.count * in_kernel(k, there.device) for k in kernels)
+    return Stepped(step, in_xla, chosen, sorted({k.name for k in kernels}), seconds)
+
+
+def _estimated(step: Step, there, implementation: str | None) -> Estimate:
+    mixer = mixer_config(step.mixer, **step.fields, implementation=implementation)
+    model = lm.Config(vocab=1024, d_model=512, pattern=(mixer,), repeats=2, ffn=None)
+    data = Data(train=(Tokens(path="none"),), length=1024, batch=4)
+    config = Config(model=model, data=data, steps=2, mesh=Mesh(data=2, model=2))
+    config = programs.for_accelerators(config)
+    program = programs.train(config, there.mesh(2, 1, 2))
+    return estimate(program, there, PASSES * forward(config))
+
+
+def steps_table(rows: list[Stepped]) -> str:
+    head = "| kernels | mixer | in XLA, ms | with kernels, ms | XLA over kernels | in kernels, ms |"
+    lines = [head, "|" + "---|" * 6]
+    for step, in_xla, chosen, kernels, seconds in rows:
+        before, after = in_xla.seconds or math.nan, chosen.seconds or math.nan
+        of = step.family if kernels else f"{step.family} (none)"
+        lines.append(
+            f"| {of} | {step.mixer} | {1e3 * before:.2f} | {1e3 * after:.2f} | "
+            f"{before / after:.2f} | {1e3 * seconds:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 # ---- reading the compiled text ----
@@ -160,19 +260,17 @@ def padded(array) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    head = (
-        "| kernel | decay | K, V | chunk | pass | MB | over the least | vector memory, KB | for |"
-    )
+    head = "| kernel | of | K, V | chunk | pass | MB | over the least | vector memory, KB | for |"
     lines = [head, "|" + "---|" * 9]
     for case in CASES:
         for which in ("forward", "backward"):
-            of = [row for row in rows if row.case == case and row.which == which]
+            of = [row for row in rows if row.case is case and row.which == which]
             moved, ideal = max(row.moved for row in of), min(row.ideal for row in of)
             vmem = max(row.vmem for row in of)
             targets = ", ".join(row.target.partition(":")[0] for row in of)
             lines.append(
-                f"| {case.family} | {case.name} | {case.K}, {case.V} | {case.chunk} | {which} | "
-                f"{moved / 1e6:.1f} | {moved / ideal:.2f} | {vmem / 2**10:,.0f} | {targets} |"
+                f"| {' | '.join(case[:4])} | {which} | {moved / 1e6:.1f} | {moved / ideal:.2f} | "
+                f"{vmem / 2**10:,.0f} | {targets} |"
             )
     return "\n".join(lines)
 

@@ -22,9 +22,9 @@ def machine() -> Table:
     rows = Table("what", "value", title="seqlab doctor")
     rows.add_row("python", f"{platform.python_version()} on {platform.machine()}")
     for package in PACKAGES:
-        rows.add_row(package, _version(package) or "run from its source folder")
+        rows.add_row(package, version(package) or "run from its source folder")
     for package, extra in OPTIONAL.items():
-        rows.add_row(package, _version(package) or escape(f"absent: pip install 'seqlab[{extra}]'"))
+        rows.add_row(package, version(package) or escape(f"absent: pip install 'seqlab[{extra}]'"))
     for kind, count in _counted(device.device_kind for device in jax.devices()).items():
         rows.add_row("devices", f"{count} x {kind} ({jax.default_backend()})")
     return rows
@@ -46,7 +46,8 @@ def implementations() -> Table:
     return rows
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -83,6 +83,7 @@ def small_blocks(monkeypatch):
         ("ulysses", CUBE, CAUSAL),
         ("rsa", {"seq": 4}, NEAR),
         ("rsa", CUBE, BOTH),
+        ("ring", {"data": 2, "model": 2}, WINDOW),  # time is whole
     ],
     ids=str,
 )

@@ -24,6 +24,7 @@ FLOORS = (
     ("linearize",),
     ("doctor", "evaluate", "experiment", "plan"),
     ("compare",),
+    ("bench",),
     ("__init__",),
     ("cli",),
     ("__main__",),

@@ -22,8 +22,6 @@ from seqlab.train.sources import Documents, Jsonl, Text, Tokens
 from tests.hf_folders import CONFIG, llama, write
 from tests.runs import write_texts, write_tokenizer
 
-pytestmark = pytest.mark.xdist_group("linearize")  # one run serves all of them
-
 SMALL = [
     *(f"stages.{n}.{field}" for n in "01" for field in ("tokens=192", "length=32", "batch=2")),
     *("stages.1.lora.rank=2", "window=8"),

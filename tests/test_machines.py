@@ -14,8 +14,6 @@ from seqlab.train import loop
 from seqlab.train.config import load
 from tests.runs import losses, rows, stored, write_texts
 
-pytestmark = pytest.mark.xdist_group("machines")
-
 ENVIRONMENT = {
     **os.environ,
     "JAX_NUM_CPU_DEVICES": "1",

@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 
-from seqlab.cli import studying, training, using  # noqa: F401 (they register the commands)
+from seqlab.cli import benching, studying, training, using  # noqa: F401 (they register the commands)
 from seqlab.cli.options import app
 from seqlab.errors import SeqlabError
 

@@ -56,6 +56,7 @@ class InXLA(NamedTuple):
     prepared  *tokens -> those that the chunks take: each what is given, or more columns of it
     finished  y, *tokens -> the results
     turned    the results' cotangents -> that of y
+    weights   how many of the tokens, the last of them, are weights
     """
 
     chunk: Any
@@ -63,26 +64,35 @@ class InXLA(NamedTuple):
     prepared: Callable[..., tuple]
     finished: Callable[..., Any]
     turned: Callable[[Any], Any]
+    weights: int = 0
 
     def run(self, tokens, state):
-        y, state = scan_chunks(self.chunk, self.prepared(*tokens), state, self.size)
+        prepared, weights = self._apart(tokens)
+        y, state = scan_chunks(self.chunk, prepared, state, self.size, weights)
         return self.finished(y, *tokens), state
 
     def keeping(self, tokens, state):
-        part, padded = self._part(tokens)
-        (y, state), (_, _, entering) = _forward(part, padded, (), state)
+        part, padded, weights = self._part(tokens)
+        (y, state), (_, _, entering) = _forward(part, padded, weights, state)
         return (self.finished(y[:, : tokens[0].shape[1]], *tokens), state), entering
 
     def backward(self, tokens, entering, d_y, d_state):
-        part, padded = self._part(tokens)
+        part, padded, weights = self._part(tokens)
         dy = _padded(self.turned(d_y), self.size)
-        d_tokens, _, d_state = _backward(part, (padded, (), entering), (dy, d_state))
+        saved = padded, weights, entering
+        d_tokens, d_weights, d_state = _backward(part, saved, (dy, d_state))
         given = lambda d, a: None if d is None else d[tuple(map(slice, a.shape))].astype(a.dtype)
-        return tuple(given(d, a) for d, a in zip(d_tokens, tokens, strict=True)), d_state
+        return tuple(map(given, (*d_tokens, *d_weights), tokens)), d_state
+
+    def _apart(self, tokens):
+        prepared = self.prepared(*tokens)
+        cut = len(prepared) - self.weights
+        return prepared[:cut], prepared[cut:]
 
     def _part(self, tokens):
-        padded = _padded(self.prepared(*tokens), self.size)
-        return Part(self.chunk, self.size, 0, padded[0].shape[1] // self.size), padded
+        prepared, weights = self._apart(tokens)
+        padded = _padded(prepared, self.size)
+        return Part(self.chunk, self.size, 0, padded[0].shape[1] // self.size), padded, weights
 
 
 class Part(NamedTuple):

@@ -35,9 +35,9 @@ class Forms(NamedTuple):
     """`default` runs where there is none of a platform's own. All keep states alike: as `tpu` says,
     if it has a method `alike` that makes of a form one that does."""
 
-    default: Form
-    tpu: Form | None = None
-    gpu: Form | None = None  # of NVIDIA
+    default: Any  # a `Form` where `scan` takes them, or anything else with methods to call
+    tpu: Any = None
+    gpu: Any = None  # of NVIDIA
 
     def call(self, method: str, *args):
         alike = getattr(self.tpu, "alike", lambda form: form)

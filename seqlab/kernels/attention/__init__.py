@@ -6,13 +6,20 @@ grouped-query heads, Ainslie et al. (2023); sinks, Xiao et al. (2023, StreamingL
 capped scores, Gemma Team (2024, Gemma 2).
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from seqlab.errors import ConfigError, nearest
-from seqlab.kernels.attention.across_devices import across_devices, time_is_split
+from seqlab.kernels.attention import pallas_tpu
+from seqlab.kernels.attention.across_devices import (
+    across_devices,
+    each_device,
+    heads_are_split,
+    time_is_split,
+)
 from seqlab.kernels.attention.one_query import one_query
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
 from seqlab.kernels.attention.xla import Options, blockwise
@@ -55,7 +62,9 @@ def attention_with_lse(
                             tokens away or among the first `sinks`
     causal                  and only by those that do not come before it
     scale, cap              K ** -0.5 unless given; scores become cap * tanh(score / cap) if given
-    implementation          "reference" or "xla", which has a form of its own for T == 1
+    implementation          "reference", "xla" or "pallas_tpu"; None is the kernels where it is
+                            lowered for a TPU and they suit, and "xla" elsewhere. All but the
+                            reference have a form of their own for T == 1
 
     Where the ambient mesh splits time, queries meet keys as `use_mesh(attention=...)` says
     (`across_devices`), while `past` is whole on every device; the reference is left to XLA.
@@ -63,29 +72,31 @@ def attention_with_lse(
     Returns y [B, T, H, V] in the dtype of q, and the log-sum-exp of the scores [B, T, H], float32
     or wider. A query that sees nothing gives 0, with log-sum-exp `EMPTY`.
     Raises ConfigError if H is not a multiple of G, the implementation is unknown, or heads cannot
-    be split as the mesh says.
+    be split as the mesh says, and ModelError if a kernel that was named does not suit.
     """
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key-value heads.")
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in NAMED:
         raise ConfigError(
-            f"attention has no implementation {implementation!r}: "
-            + nearest(implementation, IMPLEMENTATIONS)
+            f"attention has no implementation {implementation!r}: " + nearest(implementation, NAMED)
         )
-    implementation = implementation or "xla"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = {"window": window, "sinks": sinks, "causal": causal, "scale": scale, "cap": cap}
     queries, keys = (q, q_position, q_document), (k, v, k_position, k_document)
     if past is not None:
         past = tuple(a.astype(b.dtype) for a, b in zip(past, keys, strict=True))
-    if implementation == "xla" and q.shape[1] == 1:
+    by_hand = implementation != "reference"
+    if by_hand and q.shape[1] == 1:
         return one_query(queries, [keys] if past is None else [past, keys], **options)
-    if implementation == "xla" and time_is_split(q, k):
+    if by_hand and time_is_split(q, k):
         return across_devices(queries, keys, past, Options(**options))
     if past is not None:
         keys = tuple(jnp.concatenate(pair, 1) for pair in zip(past, keys, strict=True))
+    run = functools.partial(IMPLEMENTATIONS[implementation], **options)
+    if by_hand and heads_are_split(q):
+        return each_device(run, queries, keys)
     k, v, *k_at = keys
-    return IMPLEMENTATIONS[implementation](q, k, v, *queries[1:], *k_at, **options)
+    return run(q, k, v, *queries[1:], *k_at)
 
 
 def definition(
@@ -108,4 +119,5 @@ def definition(
     return y.reshape(B, T, H, v.shape[-1]).astype(q.dtype), lse
 
 
-IMPLEMENTATIONS = {"reference": definition, "xla": blockwise}
+NAMED = {"reference": definition, "xla": blockwise, "pallas_tpu": pallas_tpu.kernel}
+IMPLEMENTATIONS = {None: pallas_tpu.by_platform, **NAMED}

@@ -18,6 +18,7 @@ from seqlab.kernels.attention import rsa, zigzag
 from seqlab.kernels.attention.meetings import GATHER, RING, TOKEN_RING
 from seqlab.kernels.attention.xla import (
     HERE,
+    InXLA,
     Meeting,
     Options,
     attend,
@@ -26,6 +27,7 @@ from seqlab.kernels.attention.xla import (
     in_order,
     in_rows,
 )
+from seqlab.kernels.platforms import Forms
 from seqlab.parallel.mesh import DATA, MODEL, SEQ, current_travel
 
 #: q, position, document of [B, T, ...], and k, v, position, document of [B, S, ...]
@@ -40,28 +42,51 @@ def time_is_split(q: jax.Array, k: jax.Array) -> bool:
     return not (q.shape[1] % mesh.shape[SEQ] or k.shape[1] % mesh.shape[SEQ])
 
 
+def heads_are_split(q: jax.Array) -> bool:
+    """Whether the ambient mesh cuts nothing but the batch and heads, and these evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types or mesh.size == 1:
+        return False
+    B, _, H, _ = q.shape
+    return not (mesh.shape[SEQ] > 1 or B % mesh.shape[DATA] or H % mesh.shape[MODEL])
+
+
 def across_devices(queries: Tokens, keys: Tokens, past: Tokens | None, options: Options):
     """y and log-sum-exp, split in time as the queries are.
 
     queries, keys, past are global arrays; `past` is whole on every device. Raises ConfigError where
     the method cannot split these heads.
     """
-    mesh, method = jax.sharding.get_abstract_mesh(), METHODS[current_travel().attention]
-    H, model = queries[0].shape[2], mesh.shape[MODEL]
-    batch = DATA if mesh.shape[DATA] > 1 and queries[0].shape[0] % mesh.shape[DATA] == 0 else None
-    heads = MODEL if model > 1 and H % model == 0 else None
-    if heads:  # fewer key heads than devices: some devices have the same one
-        keys, past = spread(keys, model), past and spread(past, model)
-    place = lambda time: lambda a: P(*(batch, time, heads if a.ndim > 2 else None)[: a.ndim])
-    split, whole = place(SEQ), place(None)
+    method = METHODS[current_travel().attention]
 
     def local(queries, keys, past):
         # each device has gradients for the past, and they are summed
         past = jax.tree.map(lambda a: lax.pcast(a, SEQ, to="varying"), past)
         return method(options, queries, keys, past)
 
-    specs = *jax.tree.map(split, (queries, keys)), jax.tree.map(whole, past)
-    out = P(batch, SEQ, heads)
+    return _in_shards(local, queries, keys, past, SEQ)
+
+
+def each_device(run: Callable, queries: Tokens, keys: Tokens):
+    """run(q, k, v, *places) of the batch and the heads of each device."""
+
+    def local(queries, keys, past):
+        (q, *q_at), (k, v, *k_at) = queries, keys
+        return run(q, k, v, *q_at, *k_at)
+
+    return _in_shards(local, queries, keys, None, None)
+
+
+def _in_shards(local: Callable, queries: Tokens, keys: Tokens, past: Tokens | None, time):
+    mesh, (B, _, H, _) = jax.sharding.get_abstract_mesh(), queries[0].shape
+    model = mesh.shape[MODEL]
+    batch = DATA if mesh.shape[DATA] > 1 and B % mesh.shape[DATA] == 0 else None
+    heads = MODEL if model > 1 and H % model == 0 else None
+    if heads:  # fewer key heads than devices: some devices have the same one
+        keys, past = spread(keys, model), past and spread(past, model)
+    place = lambda time: lambda a: P(*(batch, time, heads if a.ndim > 2 else None)[: a.ndim])
+    specs = *jax.tree.map(place(time), (queries, keys)), jax.tree.map(place(None), past)
+    out = P(batch, time, heads)
     return jax.shard_map(local, in_specs=specs, out_specs=(out, out))(queries, keys, past)
 
 
@@ -80,7 +105,7 @@ def met(meeting: Meeting) -> Callable:
         q, G = queries[0], keys[0].shape[2]
         before = past and in_columns(past, columns)
         blocks = in_rows(queries, G, rows), in_columns(keys, columns), before
-        return in_order(attend(options, meeting, *blocks), q.shape[:3])
+        return in_order(attend(Forms(InXLA(options, meeting)), *blocks), q.shape[:3])
 
     return method
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible, visible_blocks
 from seqlab.kernels.kept import kept
+from seqlab.kernels.platforms import Forms
 from seqlab.kernels.precision import widen
 from seqlab.kernels.soft_cap import soft_cap
 
@@ -88,14 +89,18 @@ class Meeting(NamedTuple):
     pull: Callable  # (options, answered, keys, gradients) -> gradients
 
 
-def blockwise(q, k, v, q_position, q_document, k_position, k_document, *, block=None, **options):
+def blockwise(
+    q, k, v, q_position, q_document, k_position, k_document, *, block=None, forms=None, **options
+):
     """The arguments of `attention`, and how many query rows and keys make a block, by default what
-    suits the window. Returns y and log-sum-exp."""
+    suits the window; forms(options, queries, keys), if not this one, are what may do the work.
+    Returns y and log-sum-exp."""
     options = Options(**options)
     rows, columns = block or block_for(options.window)
     queries = in_rows((q, q_position, q_document), k.shape[2], rows)
     keys = in_columns((k, v, k_position, k_document), columns)
-    return in_order(attend(options, HERE, queries, keys), q.shape[:3])
+    chosen = forms(options, queries, keys) if forms else Forms(InXLA(options, HERE))
+    return in_order(attend(chosen, queries, keys), q.shape[:3])
 
 
 def in_rows(queries: tuple, G: int, rows: int) -> Queries:
@@ -141,42 +146,63 @@ def _blocks(a, size, fill=0):
     return a.reshape(B, -1, size, *a.shape[2:]).swapaxes(0, 1)
 
 
-def attend(options: Options, meeting: Meeting, queries: Queries, keys: Keys, past=None):
+class InXLA(NamedTuple):
+    """Queries that meet keys as a form of `Forms`."""
+
+    options: Options
+    meeting: Meeting
+
+    def forward(self, queries: Queries, keys: Keys, past: Keys | None):
+        """y and log-sum-exp."""
+        seen = nothing_seen(queries.q, keys.v)
+        if past is not None:
+            seen = see(self.options, queries, past, seen)
+        return answer(self.meeting.see(self.options, queries, keys, seen), queries.q.dtype)
+
+    def backward(self, queries: Queries, keys: Keys, past: Keys | None, y, lse, dy, dlse):
+        """Cotangents of queries, keys and past."""
+        done = answered(queries, y, lse, dy, dlse)
+        d_past, zeros = None, zero_gradients(queries.q, keys)
+        if past is not None:
+            before = pull(self.options, done, past, zero_gradients(queries.q, past))
+            d_past, zeros = (
+                as_keys(before.k, before.v, past),
+                zeros._replace(q_turned=before.q_turned),
+            )
+        d = self.meeting.pull(self.options, done, keys, zeros)
+        return as_queries(d.q_turned.mT, queries), as_keys(d.k, d.v, keys), d_past
+
+
+def attend(forms: Forms, queries: Queries, keys: Keys, past=None):
     """y and log-sum-exp [N, B, G, C, V] and [N, B, G, C] of queries that meet these keys, and
-    before them those of `past` (Keys), if there are any, which are here whatever the meeting."""
-    outputs: Any = _attend(options, meeting, queries, keys, past)
+    before them those of `past`, if there are any, which are here whatever the meeting."""
+    outputs: Any = _attend(forms, queries, keys, past)
     return outputs
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(options, meeting, queries, keys, past):
-    return _forward(options, meeting, queries, keys, past)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(forms, queries, keys, past):
+    return forms.call("forward", queries, keys, past)
 
 
-def _forward(options, meeting, queries, keys, past):
-    seen = nothing_seen(queries.q, keys.v)
-    if past is not None:
-        seen = see(options, queries, past, seen)
-    outputs = kept(answer(meeting.see(options, queries, keys, seen), queries.q.dtype))
+def _forward(forms, queries, keys, past):
+    outputs = kept(forms.call("forward", queries, keys, past))
     return outputs, (queries, keys, past, *outputs)
 
 
-def _backward(options, meeting, saved, cotangents):
-    queries, keys, past, y, lse = saved
-    done = answered(queries, y, lse, *cotangents)
-    d_past, zeros = None, zero_gradients(queries.q, keys)
-    if past is not None:
-        before = pull(options, done, past, zero_gradients(queries.q, past))
-        d_past, zeros = _as_keys(before, past), zeros._replace(q_turned=before.q_turned)
-    d = meeting.pull(options, done, keys, zeros)
-    return Queries(d.q_turned.mT.astype(queries.q.dtype), None), _as_keys(d, keys), d_past  # pyright: ignore
+def _backward(forms, saved, cotangents):
+    return forms.call("backward", *saved, *cotangents)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _as_keys(d: Gradients, keys: Keys) -> Keys:
-    return Keys(d.k.astype(keys.k.dtype), d.v.astype(keys.v.dtype), None)  # pyright: ignore
+def as_queries(d, queries: Queries) -> Queries:
+    return Queries(d.astype(queries.q.dtype), None)  # pyright: ignore
+
+
+def as_keys(dk, dv, keys: Keys) -> Keys:
+    return Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), None)  # pyright: ignore
 
 
 def nothing_seen(q, v) -> Seen:

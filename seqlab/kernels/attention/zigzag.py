@@ -11,6 +11,7 @@ from jax import lax
 
 from seqlab.kernels.attention.meetings import RING
 from seqlab.kernels.attention.xla import (
+    InXLA,
     Keys,
     Options,
     Queries,
@@ -20,6 +21,7 @@ from seqlab.kernels.attention.xla import (
     in_order,
     in_rows,
 )
+from seqlab.kernels.platforms import Forms
 from seqlab.parallel.mesh import SEQ
 
 
@@ -31,7 +33,8 @@ def balanced(options: Options, queries: tuple, keys: tuple, past: tuple | None):
     both = Queries(*map(jnp.concatenate, zip(early, late, strict=True), (0, 1)))
     early, late = (in_columns(half, columns) for half in deal(_even(keys)))
     all_keys = Keys(*map(jnp.concatenate, zip(early, late, strict=True), (0, 0, 1)))
-    outputs = attend(options, RING, both, all_keys, past and in_columns(past, columns))
+    ring = Forms(InXLA(options, RING))
+    outputs = attend(ring, both, all_keys, past and in_columns(past, columns))
     halves = zip(*(jnp.split(a, 2) for a in outputs), strict=True)
     y, lse = collect(*(in_order(half, (B, -(-T // 2), H)) for half in halves))
     return y[:, :T], lse[:, :T]

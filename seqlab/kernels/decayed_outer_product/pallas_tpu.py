@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from seqlab.kernels import platforms
 from seqlab.kernels.decay import chunk_length
-from seqlab.kernels.decayed_outer_product import xla
 from seqlab.kernels.on_tpu import chunk_scan
 from seqlab.kernels.on_tpu.channel_decay import ChannelDecay
 from seqlab.kernels.on_tpu.head_decay import HeadDecay
@@ -23,14 +22,10 @@ def chunked(q, k, v, log_decay, reset, state, *, chunk_size=64, normaliser=False
     return platforms.scan(platforms.Forms(form), tokens, state)
 
 
-def by_platform(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser=False):
-    """The kernels where it is lowered for a TPU, if they suit, and `xla` elsewhere."""
-    tokens, size = (q, k, v, widen(log_decay), reset), chunk_length(q, chunk_size)
-    in_xla = xla.form(size, normaliser)
-    if not chunk_scan.suits(tokens, state):
-        return in_xla.run(tokens, state)
-    on_tpu = chunk_scan.OnTPU(OuterProduct(normaliser), size)
-    return platforms.scan(platforms.Forms(in_xla, on_tpu), tokens, state)
+def form(tokens, state, size: int, normaliser: bool) -> chunk_scan.OnTPU | None:
+    """The kernels, if they suit the tokens."""
+    suit = chunk_scan.suits(tokens, state)
+    return chunk_scan.OnTPU(OuterProduct(normaliser), size) if suit else None
 
 
 class OuterProduct(NamedTuple):

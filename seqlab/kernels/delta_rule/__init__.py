@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.delta_rule import pallas_tpu, xla
+from seqlab.kernels.delta_rule import pallas_gpu, pallas_tpu, xla
+from seqlab.kernels.delta_rule.by_platform import by_platform
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
 
@@ -16,7 +17,8 @@ from seqlab.kernels.recurrence import recurrence
 @recurrence(
     xla=xla.chunked,
     pallas_tpu=pallas_tpu.chunked,
-    best=pallas_tpu.by_platform,
+    pallas_gpu=pallas_gpu.chunked,
+    best=by_platform,
     transition=xla.transition,
 )
 def delta_rule(q, k, v, beta, log_decay, reset, state, *, chunk_size: int = 64):

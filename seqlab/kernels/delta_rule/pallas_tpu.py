@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from seqlab.kernels import platforms
 from seqlab.kernels.decay import chunk_length
-from seqlab.kernels.delta_rule import xla
 from seqlab.kernels.on_tpu import chunk_scan
 from seqlab.kernels.on_tpu.channel_decay import ChannelDecay
 from seqlab.kernels.on_tpu.head_decay import HeadDecay
@@ -34,13 +33,9 @@ def chunked(q, k, v, beta, log_decay, reset, state, *, chunk_size: int = 64, int
     return platforms.scan(platforms.Forms(form), tokens, state)
 
 
-def by_platform(q, k, v, beta, log_decay, reset, state, *, chunk_size: int = 64):
-    """The kernels where it is lowered for a TPU, if they suit, and `xla` elsewhere."""
-    tokens, size = (q, k, v, widen(beta), widen(log_decay), reset), chunk_length(q, chunk_size)
-    if not chunk_scan.suits(tokens, state):
-        return xla.form(size).run(tokens, state)
-    forms = platforms.Forms(xla.form(size), chunk_scan.OnTPU(DeltaRule(), size))
-    return platforms.scan(forms, tokens, state)
+def form(tokens, state, size: int) -> chunk_scan.OnTPU | None:
+    """The kernels, if they suit the tokens."""
+    return chunk_scan.OnTPU(DeltaRule(), size) if chunk_scan.suits(tokens, state) else None
 
 
 class DeltaRule(NamedTuple):

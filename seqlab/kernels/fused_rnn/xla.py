@@ -11,72 +11,77 @@ All states are kept, which are no wider than wx; the activations of the gates ar
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from seqlab.kernels import platforms
 from seqlab.kernels.fused_rnn.cells import advance
-from seqlab.kernels.kept import kept
 from seqlab.kernels.precision import dot, widen
 
 
 def scanned(wx, reset, R, bias, state, *, cell):
     """The definition's arguments and results."""
-    swapped = lambda state: tuple(jnp.swapaxes(leaf, 0, 1) for leaf in state)
-    steps = jnp.transpose(widen(wx), (1, 2, 0, 3, 4))
-    y, last = _scan(cell, steps, reset.T, R, bias, swapped(state))  # pyright: ignore
-    return jnp.transpose(y, (2, 0, 1, 3)).astype(wx.dtype), swapped(last)
+    return platforms.scan(platforms.Forms(InXLA(cell)), (wx, reset, R, bias), tuple(state))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(cell, wx, reset, R, bias, state):
-    """wx [T, H, B, G, d], reset [T, B], state [H, B, d] -> y [T, H, B, d], state"""
+class InXLA(NamedTuple):
+    """The scan as a form of `platforms.scan`, with R and bias behind the tokens. It keeps the
+    states before all tokens, [T, H, B, d] each, empty where a token starts a document."""
 
-    def step(state, token):
-        after, _ = _step(cell, R, bias, state, token)
-        return after, after[0]
+    cell: Callable
 
-    last, y = lax.scan(step, state, (wx, reset))
-    return y, last
+    def run(self, tokens, state):
+        results, _ = self._scan(tokens, state, keep=False)
+        return results
+
+    def keeping(self, tokens, state):
+        return self._scan(tokens, state, keep=True)
+
+    def _scan(self, tokens, state, keep: bool):
+        wx, reset, R, bias = tokens
+
+        def step(state, token):
+            wx, reset = token
+            before = _forget(state, reset)
+            rh = dot("hbd,hdge->hbge", before[0].astype(R.dtype), R) + bias[:, None]
+            after = advance(self.cell, wx, rh, before)
+            return after, (after[0], before if keep else None)
+
+        last, (y, before) = lax.scan(step, _turned(state), (_steps(wx), reset.T))
+        return (jnp.transpose(y, (2, 0, 1, 3)).astype(wx.dtype), _turned(last)), before
+
+    def backward(self, tokens, entering, d_y, d_state):
+        wx, reset, R, bias = tokens
+        h, R_T = entering[0].astype(R.dtype), jnp.transpose(R, (0, 2, 3, 1))
+        rh = dot("thbd,hdge->thbge", h, R) + bias[:, None]
+
+        def step(D, token):
+            wx, rh, before, reset, dy = token
+            _, pull = jax.vjp(functools.partial(advance, self.cell), wx, rh, before)
+            d_wx, d_rh, (d_h, *D) = pull((D[0] + dy, *D[1:]))
+            d_h += dot("hbge,hged->hbd", d_rh.astype(R.dtype), R_T).astype(d_h.dtype)
+            return _forget((d_h, *D), reset), (d_wx, d_rh)
+
+        d_y = jnp.transpose(d_y, (1, 2, 0, 3)).astype(entering[0].dtype)
+        steps = _steps(wx), rh, entering, reset.T, d_y
+        D, (d_wx, d_rh) = lax.scan(step, _turned(d_state), steps, reverse=True)
+        d_wx = jnp.transpose(d_wx, (2, 0, 1, 3, 4)).astype(wx.dtype)
+        dR = dot("thbd,thbge->hdge", h, d_rh.astype(R.dtype)).astype(R.dtype)
+        return (d_wx, None, dR, d_rh.sum((0, 2)).astype(bias.dtype)), _turned(D)
 
 
-def _step(cell, R, bias, state, token):
-    """The state after a token, and the one before it, empty where the token starts a document."""
-    wx, reset = token
-    before = _forget(state, reset)
-    rh = dot("hbd,hdge->hbge", before[0].astype(R.dtype), R) + bias[:, None]
-    return advance(cell, wx, rh, before), before
+def _steps(wx):
+    """[B, T, H, G, d] -> [T, H, B, G, d]"""
+    return jnp.transpose(widen(wx), (1, 2, 0, 3, 4))
 
 
-def _forward(cell, wx, reset, R, bias, state):
-    def step(state, token):
-        after, before = _step(cell, R, bias, state, token)
-        return after, (after[0], before)
-
-    last, (y, before) = kept(lax.scan(step, state, (wx, reset)))
-    return (y, last), (wx, reset, R, bias, before)
-
-
-def _backward(cell, saved, cotangents):
-    wx, reset, R, bias, before = saved
-    dy, d_last = cotangents
-    h, R_T = before[0].astype(R.dtype), jnp.transpose(R, (0, 2, 3, 1))
-    rh = dot("thbd,hdge->thbge", h, R) + bias[:, None]
-
-    def step(D, token):
-        wx, rh, before, reset, dy = token
-        _, pull = jax.vjp(functools.partial(advance, cell), wx, rh, before)
-        d_wx, d_rh, (d_h, *D) = pull((D[0] + dy, *D[1:]))
-        d_h += dot("hbge,hged->hbd", d_rh.astype(R.dtype), R_T).astype(d_h.dtype)
-        return _forget((d_h, *D), reset), (d_wx, d_rh)
-
-    D, (d_wx, d_rh) = lax.scan(step, d_last, (wx, rh, before, reset, dy), reverse=True)
-    dR = dot("thbd,thbge->hdge", h, d_rh.astype(R.dtype)).astype(R.dtype)
-    return d_wx, None, dR, d_rh.sum((0, 2)).astype(bias.dtype), D
-
-
-_scan.defvjp(_forward, _backward)
+def _turned(state):
+    """[B, H, d] each -> [H, B, d], and back"""
+    return tuple(jnp.swapaxes(leaf, 0, 1) for leaf in state)
 
 
 def _forget(state, reset):

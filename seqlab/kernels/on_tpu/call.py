@@ -19,6 +19,7 @@ def call(
     inputs: list,
     outputs: list,
     scratch=(),
+    scalars: tuple = (),
     *,
     semantics: tuple[Literal["parallel", "arbitrary"], ...],
     cost: tuple[Callable, list, int],
@@ -29,20 +30,25 @@ def call(
 
     inputs     pairs of an array and its block
     outputs    pairs of a shape and its block
+    scalars    arrays of one axis that are there before the first step: blocks may depend on them,
+               and the kernel takes them first
     semantics  of each axis of the grid
     cost       f, shapes and dtypes of its arguments, and how often the kernel does its work; each
                array counts as read or written once
     """
     arrays, in_specs = zip(*inputs, strict=True)
     out_shape, out_specs = zip(*outputs, strict=True)
-    arrays, out_shape = alike(arrays, out_shape)
+    arrays, out_shape = alike((*scalars, *arrays), out_shape)
     return pl.pallas_call(
         kernel,
-        grid=grid,
-        in_specs=in_specs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
         out_shape=out_shape,
-        out_specs=out_specs,
-        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM),
         cost_estimate=estimate(*cost, [*arrays, *out_shape]),
         interpret=interpret,

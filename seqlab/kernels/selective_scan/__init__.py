@@ -6,10 +6,16 @@ from jax import lax
 
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
-from seqlab.kernels.selective_scan import xla
+from seqlab.kernels.selective_scan import best, pallas_tpu, xla
 
 
-@recurrence(xla=xla.chunked, transition=xla.transition, weights=1)
+@recurrence(
+    xla=xla.chunked,
+    pallas_tpu=pallas_tpu.chunked,
+    best=best.by_platform,
+    transition=best.transition,
+    weights=1,
+)
 def selective_scan(u, dt, b, c, reset, A, state, *, chunk_size: int = 64):
     """h_t = exp(dt_t A) * h_{t-1} + (dt_t u_t) b_t^T;  y_t = h_t c_t;  h_{t-1} = 0 where reset_t.
 

@@ -5,29 +5,37 @@ chunk (elsewhere) at a time, and the backward pass makes the states of a chunk a
 that entered it, as Gu & Dao, 2023, section 3.3.2, do inside a GPU.
 """
 
-import jax.numpy as jnp
 from jax import lax
 
 from seqlab.kernels import chunk_scan
 from seqlab.kernels.precision import widen
 from seqlab.kernels.selective_scan import all_at_once, token_by_token
-from seqlab.parallel.transitions import Diagonal
 
 
 def chunked(u, dt, b, c, reset, A, state, *, chunk_size: int = 64):
     """The definition's arguments and results; any T."""
-    tokens = (u, widen(dt), b[:, :, 0], c[:, :, 0], reset)
-    size, weights = min(chunk_size, u.shape[1]), (widen(A).T,)
-    y, state = chunk_scan.scan_chunks(_Chunk, tokens, state.mT, size, weights)  # pyright: ignore
-    return y.astype(u.dtype), state.mT
+    y, state = form(u, chunk_size).run(prepared(u, dt, b, c, reset, A), state.mT)
+    return y, state.mT
 
 
-def transition(u, dt, b, c, reset, A, *, chunk_size: int = 64) -> Diagonal:
-    """What these tokens do to the state [B, E, N] that enters them."""
-    whole = jnp.exp(jnp.sum(widen(dt), 1)[..., None] * widen(A))
-    decay = jnp.where(jnp.any(reset, 1)[:, None, None], 0, whole)
-    empty = jnp.zeros_like(whole)
-    return Diagonal(decay, chunked(u, dt, b, c, reset, A, empty, chunk_size=chunk_size)[1])
+def prepared(u, dt, b, c, reset, A) -> tuple:
+    """The definition's tokens as every form of `platforms.scan` takes them, beside the state
+    [B, N, E]: u, dt [B, T, E], b, c [B, T, N], reset, A [N, E]."""
+    return u, widen(dt), b[:, :, 0], c[:, :, 0], reset, widen(A).T
+
+
+def form(u, chunk_size: int) -> chunk_scan.InXLA:
+    """The form in XLA, in chunks no longer than u."""
+    size = min(chunk_size, u.shape[1])
+    return chunk_scan.InXLA(_Chunk, size, _as_given, _finished, widen, weights=1)
+
+
+def _as_given(*tokens):
+    return tokens
+
+
+def _finished(y, u, *_):
+    return y.astype(u.dtype)
 
 
 class _Chunk:

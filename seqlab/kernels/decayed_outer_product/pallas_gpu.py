@@ -1,0 +1,36 @@
+"""The chunked form as GPU kernels: see `on_gpu.chunk_scan`."""
+
+import functools
+
+import jax.numpy as jnp
+
+from seqlab.kernels import platforms
+from seqlab.kernels.decay import chunk_length
+from seqlab.kernels.decayed_outer_product import xla
+from seqlab.kernels.on_gpu import chunk_scan, trust
+from seqlab.kernels.precision import widen
+
+NAME = "decayed_outer_product"
+
+
+def chunked(q, k, v, log_decay, reset, state, *, chunk_size=64, normaliser=False, interpret=False):
+    """The definition's arguments and results; with `interpret` on any machine."""
+    del normaliser  # which the state tells
+    tokens, size = (q, k, v, widen(log_decay), reset), chunk_length(q, chunk_size)
+    chunk_scan.require(NAME, tokens, size)
+    return platforms.scan(platforms.Forms(chunk_scan.OnGPU(size, interpret)), tokens, state)
+
+
+def form(tokens, size: int) -> chunk_scan.OnGPU | None:
+    """The kernels, if they suit the tokens and are to be believed on the GPU at hand."""
+    usable = chunk_scan.suits(tokens, size) and trust.trusted(NAME, tokens[0].dtype)
+    return chunk_scan.OnGPU(size) if usable else None
+
+
+@trust.trial_of(NAME)
+def trial(dtype) -> trust.Trial:
+    """A chunk and a part of one: one decay a head with a normaliser and shared keys."""
+    q, k, v, _, log_decay, reset, state = chunk_scan.tokens_to_try(dtype)
+    state = jnp.pad(state, [(0, 0)] * 3 + [(0, 1)])
+    kernel, in_xla = (functools.partial(f, normaliser=True) for f in (chunked, xla.chunked))
+    return trust.Trial(kernel, in_xla, (q, k, v, log_decay, reset, state))

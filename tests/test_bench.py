@@ -1,0 +1,127 @@
+"""`seqlab bench`: what it writes and leaves out, and how it answers bad input. No time counts."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import typer.testing
+
+from seqlab import cli
+from seqlab.bench import ceilings, command, families, kernels, machine, record, sizes, timing
+from seqlab.bench.families import Shape
+from seqlab.errors import ConfigError
+from seqlab.kernels.recurrence import RECURRENCES
+
+TINY = ["B=1", "T=16", "H=2", "K=8", "V=8"]
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setattr(command, "ceilings", lambda: ceilings.ceilings(1, 64))
+    monkeypatch.setattr(kernels, "LEAST", 0.0)
+
+
+def seqlab(*words) -> typer.testing.Result:
+    return typer.testing.CliRunner().invoke(cli.app, ["bench", *map(str, words)])
+
+
+def refused(*words) -> str:
+    """The sentence with which a command ends."""
+    said = seqlab(*words).exception
+    assert isinstance(said, ConfigError), said
+    return str(said)
+
+
+def test_a_ratio_is_taken_round_by_round_and_has_quartiles():
+    theirs, ours = np.array([2.0, 40.0, 6.0, 8.0, 10.0]), np.array([1.0, 10.0, 2.0, 2.0, 2.0])
+    assert timing.ratio(theirs, ours) == (4.0, 3.0, 4.0)  # of 2, 4, 3, 4, 5; of the medians: 4.0
+    row = timing.figure("ratio", timing.ratio(theirs, ours))
+    assert row == {"ratio": 4.0, "ratio spread": [3.0, 4.0]}
+
+
+def test_contestants_take_turns_and_every_other_round_goes_backwards():
+    turns = []
+    laps = timing.race({name: lambda name=name: turns.append(name) for name in "ab"}, 3)
+    assert "".join(turns) == "ab" + "ab" + "ba" + "ab"  # the first round is not measured
+    assert {name: len(one.seconds) for name, one in laps.items()} == {"a": 3, "b": 3}
+
+
+def test_every_combination_of_sizes_is_tried():
+    found = sizes.combinations(Shape(), ["T=8,16", "H=1,2"], "shape")
+    assert [(s.T, s.H, s.B) for s in found] == [(8, 1, 2), (8, 2, 2), (16, 1, 2), (16, 2, 2)]
+
+
+def test_a_kernel_is_timed_in_all_its_forms_and_passes(tmp_path):
+    family, forms = "linear_scan", ["--form", "reference", "--form", "xla"]
+    done = seqlab("kernels", family, *TINY, *forms, "--rounds", 3, "--out", tmp_path)
+    assert done.exit_code == 0, done.exception
+    name = f"kernels_{family}_{machine.name()}"
+    told = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {(row["form"], row["pass"]) for row in told["rows"]} == {
+        (form, which) for form in ("reference", "xla") for which in (kernels.FORWARD, kernels.BOTH)
+    }
+    assert told["machine"]["jax"] == jax.__version__ and "load" in told["machine"]
+    for row in told["rows"]:
+        low, high = row["of the copy spread"]
+        assert 0 < low <= row["of the copy"] <= high
+        assert row["against xla"] == 1.0 or row["form"] != "xla"
+    assert {f.name for f in tmp_path.glob("*.png")} == {f"{name}.png", f"{name}.dark.png"}
+
+
+def test_bytes_are_arguments_and_results_once_and_products_those_of_the_xla_form():
+    (case,) = kernels.cases("ternary_matmul")
+    shape = Shape(2, 8, 4, 32, 16)
+    arrays = case.arrays(families.Draw(ceilings.operands()), shape)
+    one = kernels.program(case, arrays, "reference", kernels.FORWARD)
+    rows, wide, out = 2 * 8, 4 * 32, 4 * 16
+    assert one.moved == rows * wide + wide // 4 * out + 4 * rows * out
+    assert one.flops == 2 * rows * wide * out
+
+
+def test_with_gradients_arguments_count_twice_and_gradients_once():
+    (case,) = kernels.cases("linear_scan")
+    arrays = case.arrays(families.Draw(ceilings.operands()), Shape(1, 4, 1, 8, 8))
+    one = kernels.program(case, arrays, "xla", kernels.BOTH)
+    token, given = 4 * 8 * 4, 2 * 4 * 8 * 4 + 4 + 8 * 4  # of a, b, y; of a, b, reset, state
+    assert one.moved == 2 * given + 2 * token + 2 * token  # y, its cotangent, gradients of a and b
+
+
+def test_every_family_that_is_timed_exists_and_its_arguments_fit():
+    for case in families.CASES:
+        known = families.implementations(case.family)
+        assert {"reference", "xla"} <= set(known)
+        assert case.family not in RECURRENCES or RECURRENCES[case.family].__name__ == case.family
+        arrays = jax.eval_shape(
+            lambda case=case: case.arrays(families.Draw(np.float32), Shape(1, 8, 2, 16, 16))
+        )
+        for form in ("reference", "xla"):
+            jax.eval_shape(lambda *a, f=form, case=case: case.call(*a, implementation=f), *arrays)
+
+
+def test_what_does_not_fit_the_memory_is_a_row_that_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "room", lambda: 100)
+    says = refused("kernels", "linear_scan", *TINY, "--out", tmp_path)
+    assert says.startswith("Nothing was measured") and "100 B are free" in says
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["kernels", "delta"], "There is no kernel family 'delta': did you mean 'delta_rule'?"),
+        (["kernels", "delta_rule", "--form", "xlo"], "delta_rule has no form 'xlo'"),
+        (["kernels", "delta_rule", "S=3"], "no field 'S'"),
+        (["kernels", "delta_rule", "T=0"], "T = 0 is wrong"),
+        (["kernels", "delta_rule", "--device", "gpi"], "no kind of device 'gpi'"),
+        (["kernels", "delta_rule", "--device", "tpu"], "This machine has no tpu"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, sentence):
+    says = refused(*words)
+    assert sentence in says and "\n" not in says
+
+
+def test_a_table_shows_how_far_half_of_the_rounds_lie():
+    table = record.table("", [{"a": "x", "ms": 2.0, "ms spread": [1.9, 2.3]}], hidden={"a"})
+    assert [str(column.header) for column in table.columns] == ["ms"]
+    assert list(table.columns[0].cells) == ["2 ±10%"]
