@@ -1,16 +1,14 @@
 """What this machine has, and which implementation each recurrence takes on it."""
 
-import importlib
 import importlib.metadata
-import pkgutil
 import platform
 
 import jax
 from rich.markup import escape
 from rich.table import Table
 
-from seqlab import kernels
-from seqlab.kernels import attention, ternary_matmul
+from seqlab.kernels import attention, families, ternary_matmul
+from seqlab.kernels.on_gpu import trust
 from seqlab.kernels.recurrence import RECURRENCES
 
 PACKAGES = ("seqlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore")
@@ -32,17 +30,31 @@ def machine() -> Table:
 
 def implementations() -> Table:
     """Every kernel, the forms it has, and the one that is taken here."""
-    for family in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{family.name}")  # which enters the list
+    families.enter_all()
     backend = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
     rows = Table("kernel", "here", "all forms", "sharded by", title="implementations")
     for name, recurrence in sorted(RECURRENCES.items()):
         by = "transition" if recurrence.transition else "relay"
         here = recurrence.implementation_on(backend)
         rows.add_row(name, here, ", ".join(recurrence.implementations), by)
-    here = "pallas_tpu" if backend == "tpu" else "xla"
+    here = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}.get(backend, "xla")
     rows.add_row("ternary_matmul", here, ", ".join(ternary_matmul.IMPLEMENTATIONS), "XLA")
-    rows.add_row("attention", "xla", ", ".join(attention.IMPLEMENTATIONS), "XLA")
+    here = "pallas_tpu" if backend == "tpu" else "xla"
+    rows.add_row("attention", here, ", ".join(attention.NAMED), "XLA")
+    return rows
+
+
+def gpu_kernels() -> Table:
+    """Each GPU kernel and dtype: the form that is taken here, and what its trial said."""
+    families.enter_all()
+    kind = trust.gpu_kind()
+    rows = Table("kernel", "dtype", "takes", "trial", title="in programs for NVIDIA GPUs")
+    for name, dtypes in sorted(trust.DTYPES.items()):
+        for dtype in dtypes:
+            against = None if kind is None else trust.objection(name, kind, dtype)
+            agrees = "no GPU here" if kind is None else f"agrees with XLA on {kind}"
+            takes = "xla" if against else "pallas_gpu"
+            rows.add_row(name, dtype, takes, escape(against or agrees))
     return rows
 
 

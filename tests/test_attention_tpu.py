@@ -14,7 +14,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ModelError
-from seqlab.kernels.attention import EMPTY, attention, attention_with_lse, definition, pallas_tpu
+from seqlab.kernels.attention import (
+    EMPTY,
+    attention,
+    attention_with_lse,
+    definition,
+    pallas_tpu,
+    xla,
+)
+from seqlab.kernels.attention.here import pull_on_tpu, see_on_tpu
 from seqlab.plan import topology
 from tests.test_attention import with_gradients
 
@@ -56,6 +64,33 @@ def test_with_window_sinks_cap_and_keys_in_groups_too(monkeypatch):
     with jax.enable_x64(True):
         qkv, at = tokens(400, 135, H=1, G=1)
         compare(qkv, at, interpret=True, window=140, sinks=3, cap=1.5)
+
+
+def test_what_was_seen_before_is_not_forgotten():
+    """As on a device that meets the keys of others, one after the other."""
+    options = xla.Options(window=100, sinks=3, scale=0.3)
+    form = pallas_tpu.OnTPU(options, interpret=True)
+
+    def both(see: Any, pull: Any, qkv, at):
+        (q, k, v), (q_position, q_document, *k_at) = qkv, at
+        queries, keys = xla.in_rows((q, q_position, q_document), 1, 128), (k, v, *k_at)
+        first, second = (
+            xla.in_columns(tuple(part), 128) for part in zip(*map(halves, keys), strict=True)
+        )
+        seen = xla.see(options, queries, first, xla.nothing_seen(queries.q, first.v))
+        y, lse = xla.answer(see(queries, second, seen), q.dtype)
+        done = xla.answered(queries, y, lse, jnp.cos(y), jnp.sin(lse))
+        before = xla.pull(options, done, second, xla.zero_gradients(queries.q, second))
+        return y, lse, pull(done, second, before)
+
+    bound = lambda *fs, first: [functools.partial(f, first) for f in fs]
+    in_xla = functools.partial(both, *bound(xla.see, xla.pull, first=options))
+    on_tpu = functools.partial(both, *bound(see_on_tpu, pull_on_tpu, first=form))
+    halves = lambda a: jnp.split(a, 2, 1)
+    with jax.enable_x64(True):
+        given = jax.tree.map(jnp.asarray, tokens(128, 128, H=1, G=1, K=16))
+        actual, expected = jax.jit(on_tpu)(*given), jax.jit(in_xla)(*given)
+        assert_close(actual, expected)
 
 
 def test_the_kernels_read_nothing_that_nobody_wrote():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.conformance.tolerance import GRADIENT, assert_close
@@ -21,7 +22,7 @@ from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.decayed_outer_product import pallas_tpu as outer_product_tpu
 from seqlab.kernels.delta_rule import delta_rule
 from seqlab.kernels.delta_rule import pallas_tpu as delta_rule_tpu
-from seqlab.kernels.on_tpu import layout, unit_lower
+from seqlab.kernels.on_tpu import layout, narrow_states, unit_lower
 from seqlab.parallel.mesh import make_mesh, use_mesh
 from seqlab.plan import topology
 
@@ -72,12 +73,11 @@ def compare(family, args, interpret, **options):
     assert_close(actual[1], expected[1], GRADIENT)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "G, H, K, V, channels",
+    "family, G, H, K, V, channels",
     [
-        (2, 2, 64, 128, 64),  # two a step, so that a row is full; one decay a channel
-        (1, 4, 128, 64, 1),  # one decay a head; four that share their keys, in two steps
+        ("outer product", 2, 2, 64, 128, 64),  # two a step, so that a row is full; by channel
+        ("delta rule", 1, 4, 128, 64, 1),  # by head; four that share their keys, in two steps
     ],
 )
 def test_kernels_equal_the_definition(family, G, H, K, V, channels):
@@ -108,6 +108,24 @@ def test_in_bfloat16_kernels_round_where_the_form_in_xla_does():
     ]
     assert_close(actual[0], expected[0])
     assert_close(actual[1], expected[1], GRADIENT)
+
+
+@pytest.mark.parametrize("V", [64, 128])
+def test_states_with_narrow_keys_are_kept_in_rows_that_others_read_too(V):
+    def there_and_back(S, rows, back, *room):
+        narrow_states.keep(rows, 0, S[...], room)
+        back[...] = narrow_states.kept(rows, 0, room)
+
+    S, (count, width) = jax.random.normal(jax.random.key(0), (V, 64)), (V // 2, 128)
+    state = jax.ShapeDtypeStruct((1, 1, 64, V), S.dtype)
+    rows, back = pl.pallas_call(
+        there_and_back,
+        [jax.ShapeDtypeStruct((1, count, width), S.dtype), S],
+        scratch_shapes=narrow_states.room(state),
+        interpret=True,
+    )(S)
+    np.testing.assert_array_equal(rows[0], S.T.reshape(count, width))
+    np.testing.assert_array_equal(back, S)
 
 
 @pytest.mark.parametrize("beta", [1.0, 1.95])

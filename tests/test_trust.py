@@ -11,7 +11,8 @@ import pytest
 from jax import P
 from jax.experimental import pallas as pl
 
-from seqlab.kernels import platforms
+from seqlab import doctor
+from seqlab.kernels import families, platforms
 from seqlab.kernels.on_gpu import trust
 from seqlab.parallel.mesh import use_mesh
 
@@ -34,7 +35,9 @@ def doubled(by: float, slope: float, interpret=True):
 @pytest.fixture
 def tried(monkeypatch):
     """Trials of a session of their own on a pretended GPU, and which of them were made."""
+    families.enter_all()
     monkeypatch.setattr(trust, "TRIALS", {})
+    monkeypatch.setattr(trust, "DTYPES", {})
     monkeypatch.setattr(trust, "gpu_kind", lambda: "Pretended")
     trust.objection.cache_clear()
     made = []
@@ -113,3 +116,18 @@ def test_a_program_has_the_form_of_the_platform_that_it_is_lowered_for(platform,
     traced = jax.jit(lambda x: forms.call("run", x)).trace(np.float32(1))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert [n for n in (2, 3, 5) if f"{n}.000000e+00" in text] == [taken]
+
+
+def test_the_doctor_says_what_each_kernel_takes_here(tried):
+    enter, _ = tried
+    enter("right", doubled(2.0, 2.0))
+    enter("wrong", doubled(3.0, 2.0))
+    shown = [column._cells for column in doctor.gpu_kernels().columns]
+    rows = list(zip(*shown, strict=True))
+    assert rows[0] == ("right", "float32", "pallas_gpu", "agrees with XLA on Pretended")
+    assert rows[2][:3] == ("wrong", "float32", "xla") and "is off by" in rows[2][3]
+
+
+def test_without_a_gpu_the_doctor_says_so():
+    rows = doctor.gpu_kernels()
+    assert set(rows.columns[3]._cells) == {"no GPU here"} and rows.row_count >= len(trust.TRIALS)

@@ -98,3 +98,4 @@ def doctor() -> None:
 
     rich.print(report.machine())
     rich.print(report.implementations())
+    rich.print(report.gpu_kernels())

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from seqlab.errors import ConfigError
 from seqlab.kernels.attention import rsa, zigzag
+from seqlab.kernels.attention.here import HERE
 from seqlab.kernels.attention.meetings import GATHER, RING, TOKEN_RING
 from seqlab.kernels.attention.xla import (
-    HERE,
     InXLA,
     Meeting,
     Options,

@@ -1,14 +1,13 @@
 """Queries meet the keys of all devices along the mesh axis `seq`, inside a shard and in blocks.
 
-Every one is a pair of functions like `xla.see` and `xla.pull`, the work on one device, and leaves
+Every one is a pair of functions like `here.see` and `here.pull`, the work on one device, and leaves
 out what is not visible as these do. Bytes are those that a device sends, forward; P devices.
 """
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.attention.visible import EMPTY
+from seqlab.kernels.attention.here import joined, pull, see
 from seqlab.kernels.attention.xla import (
     Answered,
     Gradients,
@@ -18,11 +17,8 @@ from seqlab.kernels.attention.xla import (
     Seen,
     answer,
     nothing_seen,
-    pull,
-    see,
     zero_gradients,
 )
-from seqlab.kernels.precision import widen
 from seqlab.parallel.mesh import SEQ
 
 
@@ -91,16 +87,8 @@ def _token_see(options, queries: Queries, keys: Keys, seen: Seen) -> Seen:
     for step in range(1, lax.axis_size(SEQ)):
         visitors = shift(visitors)
         part = see(options, visitors, keys, nothing_seen(visitors.q, keys.v))
-        seen = _joined(seen, *shift(answer(part, visitors.q.dtype), -step))
+        seen = joined(seen, *shift(answer(part, visitors.q.dtype), -step))
     return seen
-
-
-def _joined(seen: Seen, y, lse) -> Seen:
-    """What queries have seen, and what they saw elsewhere: y with its log-sum-exp."""
-    top = jnp.maximum(seen.top, lse)
-    old, new = jnp.exp(seen.top - top), jnp.exp(lse - top)
-    old, new = (jnp.where(n > EMPTY, w, 0) for n, w in ((seen.top, old), (lse, new)))
-    return Seen(old[..., None] * seen.y + new[..., None] * widen(y), top, old * seen.total + new)
 
 
 def _token_pull(options, done: Answered, keys: Keys, gradients: Gradients) -> Gradients:

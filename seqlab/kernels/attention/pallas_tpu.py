@@ -21,7 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 from seqlab.errors import ModelError
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible, visible_blocks
 from seqlab.kernels.attention.xla import (
-    HERE,
+    ALONE,
+    Answered,
+    Gradients,
     InXLA,
     Keys,
     Options,
@@ -44,7 +46,7 @@ def by_platform(q, k, *arrays, **options):
     """The kernels where it is lowered for a TPU, if they suit, and `xla` elsewhere."""
 
     def forms(options, queries, keys):
-        in_xla = InXLA(options, HERE)
+        in_xla = InXLA(options, ALONE)
         on_tpu = OnTPU(options, q.shape[2] // k.shape[2])
         return Forms(in_xla, on_tpu) if suits(queries, keys) else Forms(in_xla)
 
@@ -67,7 +69,7 @@ def kernel(q, k, *arrays, interpret: Any = False, **options):
     return blockwise(q, k, *arrays, forms=forms, **options)
 
 
-def suits(queries: Queries, keys: Keys) -> bool:
+def suits(queries: Queries | Answered, keys: Keys) -> bool:
     """Whether the kernels can do these blocks: of what they cannot, XLA makes its own."""
     (N, _, _, C, K), (M, _, _, D, V) = queries.q.shape, keys.v.shape
     whole = C % LANES == 0 and D % LANES == 0 and K % WIDTH == 0 and V % WIDTH == 0
@@ -75,44 +77,54 @@ def suits(queries: Queries, keys: Keys) -> bool:
 
 
 class OnTPU(NamedTuple):
-    """The kernels as a form of `Forms`; `heads` share a key."""
+    """The kernels as a form of `Forms`; `heads` share a key, on which only the cost depends."""
 
     options: Options
-    heads: int
+    heads: int = 1
     interpret: Any = False
 
     def forward(self, queries: Queries, keys: Keys, past: None):
         """y and log-sum-exp."""
+        return self.see(queries, keys, queries.q.dtype)
+
+    def backward(self, queries: Queries, keys: Keys, past: None, y, lse, dy, dlse):
+        """Cotangents of queries and keys."""
+        d = self.pull(answered(queries, y, lse, dy, dlse), keys, rounded=True)
+        return as_queries(d.q_turned.mT, queries), as_keys(d.k, d.v, keys), None
+
+    def see(self, queries: Queries, keys: Keys, dtype):
+        """y, in that dtype, and log-sum-exp."""
         blocks, V, wide = self._blocks(queries, keys), keys.v.shape[-1], widen(queries.q).dtype
         y, lse = blocks.call(
             _forward_kernel,
             _seen,
             (queries, keys),
-            [blocks.rows(V, queries.q.dtype), blocks.rows(1, wide)],
+            [blocks.rows(V, dtype), blocks.rows(1, wide)],
             scratch=[jax.ShapeDtypeStruct((X, blocks.C), wide) for X in (V, 1, 1)],
         )
         return y.mT, lse[..., 0, :]
 
-    def backward(self, queries: Queries, keys: Keys, past: None, y, lse, dy, dlse):
-        """Cotangents of queries and keys. Sums of a group of keys stay in the vector memory while
-        all queries meet it: one group after the other, and the queries' are added."""
-        done, wide = answered(queries, y, lse, dy, dlse), widen(queries.q).dtype
-        more = [done.lse[..., None, :], done.offset[..., None, :], dy.mT]
-        parts = self._blocks(queries, keys).parts(keys)
-        few, K = queries.q.dtype if len(parts) == 1 else wide, queries.q.shape[-1]
-        found = []
+    def pull(self, done: Answered, keys: Keys, rounded: bool = False) -> Gradients:
+        """What these keys add to the gradients of queries, and get; `rounded` to what the tokens
+        are where nothing is added to it. Sums of a group of keys stay in the vector memory while
+        all queries meet it: one group after the other, and what queries get of each is added."""
+        wide, K = widen(done.q).dtype, done.q.shape[-1]
+        more = [done.lse[..., None, :], done.offset[..., None, :], done.dy.mT]
+        parts = self._blocks(done, keys).parts(keys)
+        few, found = (lambda a: a.dtype if rounded else wide), []
         for part in parts:
-            blocks = self._blocks(queries, part)
-            of_keys = [blocks.columns(a.shape[-1], a.dtype) for a in part[:2]]
+            blocks = self._blocks(done, part)
+            of_queries = blocks.rows(K, few(done.q) if len(parts) == 1 else wide)
+            of_keys = [blocks.columns(a.shape[-1], few(a)) for a in part[:2]]
             sums = [jax.ShapeDtypeStruct((K, blocks.C), wide)]
             sums += [jax.ShapeDtypeStruct((blocks.size, *a.shape[3:]), wide) for a, _ in of_keys]
-            outputs, work = [blocks.rows(K, few), *of_keys], (_backward_kernel, _pulled)
-            found.append(blocks.call(*work, (queries, part), outputs, more, scratch=sums))
+            outputs, work = [of_queries, *of_keys], (_backward_kernel, _pulled)
+            found.append(blocks.call(*work, (done, part), outputs, more, scratch=sums))
         dq, dk, dv = zip(*found, strict=True)
         dk, dv = (jnp.concatenate(a).mT for a in (dk, dv))
-        return as_queries(functools.reduce(jnp.add, dq).mT, queries), as_keys(dk, dv, keys), None
+        return Gradients(functools.reduce(jnp.add, dq), dk, dv)
 
-    def _blocks(self, queries: Queries, keys: Keys) -> "_Blocks":
+    def _blocks(self, queries: Queries | Answered, keys: Keys) -> "_Blocks":
         (N, B, G, C, K), (M, _, _, D, V) = queries.q.shape, keys.v.shape
         few, wide = (a.dtype.itemsize for a in (queries.q, widen(queries.q)))
         one = D * (K + V) * (4 * few + wide)  # keys, values and cotangents, each twice, and sums
@@ -154,7 +166,7 @@ class _Blocks(NamedTuple):
         shape = jax.ShapeDtypeStruct((self.M, self.B, self.G, X, self.D), dtype)
         return shape, pl.BlockSpec((self.size, None, None, X, self.D), index)
 
-    def call(self, kernel, once, tokens: tuple[Queries, Keys], outputs, more=(), *, scratch):
+    def call(self, kernel, once, tokens: tuple, outputs, more=(), *, scratch):
         """Of `more` arrays like those of `rows`. The work on a pair of blocks, `once`, takes what
         the kernel does, or also what is in `scratch`."""
         (queries, keys), options, groups = tokens, self.form.options, self.groups
@@ -185,7 +197,7 @@ class _Blocks(NamedTuple):
             interpret=self.form.interpret,
         )
 
-    def _kinds(self, queries: Queries, keys: Keys):
+    def _kinds(self, queries, keys):
         """Of each pair of blocks 0 where nothing is seen, 1 where something is, 2 where everything;
         and for each step the group of key blocks that is there."""
         some, every = visible_blocks(queries.at, keys.at, **self.form.options.sight)

@@ -9,13 +9,19 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.fused_rnn import xla
+from seqlab.kernels.fused_rnn import best, pallas_gpu, pallas_tpu, xla
 from seqlab.kernels.fused_rnn.cells import advance
 from seqlab.kernels.precision import dot, widen
 from seqlab.kernels.recurrence import recurrence
 
 
-@recurrence(xla=xla.scanned, weights=2)
+@recurrence(
+    xla=xla.scanned,
+    pallas_tpu=pallas_tpu.scanned,
+    pallas_gpu=pallas_gpu.scanned,
+    best=best.by_platform,
+    weights=2,
+)
 def fused_rnn(wx, reset, R, bias, state, *, cell: Callable):
     """state_t = cell(wx_t, R h_{t-1} + bias, state_{t-1});  y_t = h_t
 

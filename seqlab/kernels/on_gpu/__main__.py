@@ -1,20 +1,17 @@
 """python -m seqlab.kernels.on_gpu [KERNEL ...]: measures block sizes on the GPU here, and prints
 `blocks.json` as it is with them."""
 
-import importlib
 import json
-import pkgutil
 import sys
 
-from seqlab import kernels
 from seqlab.errors import SeqlabError
+from seqlab.kernels import families
 from seqlab.kernels.on_gpu.blocks import table
 from seqlab.kernels.on_gpu.tuning import CONTESTS, tune
 
 
 def main(names: list[str]) -> None:
-    for family in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{family.name}")  # which enters its contests
+    families.enter_all()
     new = [row for kernel in names or sorted(CONTESTS) for row in tune(kernel)]
     rows = {**table(), **{row[:3]: row for row in new}}
     lines = ",\n".join(f"  {json.dumps(row._asdict())}" for row in rows.values())

@@ -27,10 +27,13 @@ class Trial(NamedTuple):
 
 #: Of each GPU kernel by its name: dtype of the tokens -> its trial. A family enters its own.
 TRIALS: dict[str, Callable[[Any], Trial]] = {}
+#: The dtypes of tokens that each is used with.
+DTYPES: dict[str, tuple[str, ...]] = {}
 
 
-def trial_of(kernel: str) -> Callable[[Callable[[Any], Trial]], Callable[[Any], Trial]]:
+def trial_of(kernel: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Callable:
     """Enter the decorated function in TRIALS."""
+    DTYPES[kernel] = dtypes
     return lambda trial: TRIALS.setdefault(kernel, trial)
 
 

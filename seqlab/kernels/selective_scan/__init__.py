@@ -6,12 +6,13 @@ from jax import lax
 
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
-from seqlab.kernels.selective_scan import best, pallas_tpu, xla
+from seqlab.kernels.selective_scan import best, pallas_gpu, pallas_tpu, xla
 
 
 @recurrence(
     xla=xla.chunked,
     pallas_tpu=pallas_tpu.chunked,
+    pallas_gpu=pallas_gpu.chunked,
     best=best.by_platform,
     transition=best.transition,
     weights=1,

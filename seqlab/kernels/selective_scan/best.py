@@ -4,14 +4,18 @@ import jax.numpy as jnp
 
 from seqlab.kernels import platforms
 from seqlab.kernels.precision import widen
-from seqlab.kernels.selective_scan import pallas_tpu, xla
+from seqlab.kernels.selective_scan import pallas_gpu, pallas_tpu, xla
 from seqlab.parallel.transitions import Diagonal
 
 
 def by_platform(u, dt, b, c, reset, A, state, *, chunk_size: int = 64):
     """The definition's arguments and results: kernels where they suit, and `xla` elsewhere."""
     tokens = xla.prepared(u, dt, b, c, reset, A)
-    forms = platforms.Forms(xla.form(u, chunk_size), tpu=pallas_tpu.form(tokens, chunk_size))
+    forms = platforms.Forms(
+        xla.form(u, chunk_size),
+        tpu=pallas_tpu.form(tokens, chunk_size),
+        gpu=pallas_gpu.form(tokens, chunk_size),
+    )
     y, state = platforms.scan(forms, tokens, state.mT)  # pyright: ignore
     return y, state.mT
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqlab.errors import ConfigError, ModelError, nearest
-from seqlab.kernels.ternary_matmul import pallas_tpu
+from seqlab.kernels.on_gpu import trust
+from seqlab.kernels.ternary_matmul import pallas_gpu, pallas_tpu
 from seqlab.kernels.ternary_matmul.packing import rows, unpack
 
 
@@ -21,7 +22,7 @@ def ternary_matmul(
     packed  [K / 4, N] uint8, the first rounded up
 
     Returns [..., N] int32, exact for K < 2^24. `implementation` None is resolved when lowering: on
-    a TPU, unless a mesh is to be filled by XLA, the kernel in `pallas_tpu`. Raises ConfigError for
+    a TPU or GPU, unless a mesh is to be filled by XLA, the kernel for it. Raises ConfigError for
     one that does not exist, and ModelError where x and W do not fit.
     """
     if x.dtype != jnp.int8 or packed.dtype != jnp.uint8 or packed.shape[0] != rows(x.shape[-1]):
@@ -36,9 +37,14 @@ def ternary_matmul(
                 + nearest(implementation, IMPLEMENTATIONS)
             )
         return IMPLEMENTATIONS[implementation](x, packed)
-    if _left_to_xla() or not pallas_tpu.suits(x.shape[-1]):
+    if _left_to_xla():
         return xla(x, packed)
-    return lax.platform_dependent(x, packed, tpu=pallas_tpu.ternary_matmul, default=xla)
+    kernels = {}
+    if pallas_tpu.suits(x.shape[-1]):
+        kernels["tpu"] = pallas_tpu.ternary_matmul
+    if trust.trusted("ternary_matmul", x.dtype):
+        kernels["cuda"] = pallas_gpu.ternary_matmul
+    return lax.platform_dependent(x, packed, default=xla, **kernels)
 
 
 def reference(x: jax.Array, packed: jax.Array) -> jax.Array:
@@ -67,4 +73,5 @@ IMPLEMENTATIONS = {
     "reference": reference,
     "xla": xla,
     "pallas_tpu": pallas_tpu.ternary_matmul,
+    "pallas_gpu": pallas_gpu.ternary_matmul,
 }
