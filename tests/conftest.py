@@ -1,11 +1,11 @@
-"""Tests run on eight virtual CPU devices, with compiled programs kept between runs."""
+"""Tests run on sixteen virtual CPU devices, with compiled programs kept between runs."""
 
 import os
 import pathlib
 
 import pytest
 
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "16")
 # Programs here run for moments, so most of the time goes into compiling them: let XLA emit machine
 # code the quick way. At level 1 results are to the bit those of the defaults; at level 0 products
 # are rounded before they are added, which tests of ill-conditioned inputs notice.

@@ -118,7 +118,7 @@ def trained(texts, tmp_path_factory):
         ("data.batch=4000", "less than one batch of 4000 x 32"),
         ("accumulate=3", "does not divide into accumulate = 3 parts"),
         ("mesh.data=3", "does not divide over mesh.data = 3"),
-        ("mesh.model=16", "needs 16 devices but this machine has 8: make the mesh smaller"),
+        ("mesh.model=32", "needs 32 devices but this machine has 16: make the mesh smaller"),
         ("mesh.strategy=rng", "There is no strategy 'rng': did you mean 'ring'?"),
     ],
 )

@@ -17,10 +17,10 @@ import jax, jax.numpy as jnp
 
 @jax.jit
 def step(x):
-    many = [jnp.sin(i * x) @ x for i in range(6)]
-    return sum(jnp.cos(a) @ b for a, b in zip(many, many[1:]))
+    many = [jnp.sin(i * x) @ x.T for i in range(9)]
+    return sum(jnp.cos(a) * b for a, b in zip(many, many[1:]))
 
-x = jnp.ones((1200, 1200))
+x = jnp.ones((1200, 4))
 assert step.lower(x).compile().memory_analysis().temp_size_in_bytes > 40e6
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 found = []

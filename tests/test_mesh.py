@@ -21,8 +21,8 @@ def test_weights_are_split_by_their_named_axes():
 
 
 def test_a_mesh_that_cannot_be_is_one_sentence():
-    with pytest.raises(ConfigError, match="needs 16 devices but this machine has 8"):
-        make_mesh(data=4, seq=4)
+    with pytest.raises(ConfigError, match="needs 32 devices but this machine has 16"):
+        make_mesh(data=8, seq=4)
     with pytest.raises(ConfigError, match="seq=0 x model=1 has an axis below 1"):
         make_mesh(seq=0)
     with pytest.raises(ConfigError, match="did you mean 'ring'"), use_mesh(strategy="rnig"):

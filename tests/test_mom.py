@@ -52,9 +52,9 @@ def oracle(mixer: mom.MoM, x, reset):
     share = jnp.concatenate([share, jnp.ones_like(share[..., :1])], -1)  # the shared memory
     document = jnp.cumsum(reset, 1)
     each = lambda params: [w[...] for w in params]
-    total = 0
-    for m in range(c.memories + 1):
-        mine, own = share[..., m] > 0, lambda w, m=m: x @ w[m]
+
+    def read(m):
+        mine, own = share[..., m] > 0, lambda w: x @ w[m]
         maps = [x @ mixer.q.weight[...], own(mixer.k[...]), own(mixer.v[...])]
         qkv = jnp.concatenate(maps, -1)
         at = jax.vmap(lambda a: jnp.nonzero(a, size=T, fill_value=0)[0])(mine)
@@ -67,13 +67,15 @@ def oracle(mixer: mom.MoM, x, reset):
             convolved += mixer.conv.weight[...][-1 - lag] * jnp.where(seen, past, 0)
         parts = jnp.split(convolved, [mixer.d_k, 2 * mixer.d_k], -1)
         qkv = jnp.concatenate([heads(part, c.heads) for part in parts], -1)
-        gates = mixer.base.gates(lambda x, w, m=m: x @ w[m], x, *each(mixer.base.projections))
+        gates = mixer.base.gates(lambda x, w: x @ w[m], x, *each(mixer.base.projections))
         given = mixer.base.tokens(qkv, gates, *each(mixer.base.weights))
-        mask = lambda a, mine=mine: jnp.where(mine.reshape(*mine.shape, *(1,) * (a.ndim - 2)), a, 0)
+        mask = lambda a: jnp.where(mine.reshape(*mine.shape, *(1,) * (a.ndim - 2)), a, 0)
         given = (given[0], *map(mask, given[1:]))
         memory = jnp.zeros((B, c.heads, c.key_dim, c.value_dim), widen(x).dtype)
         y, _ = mixer.base.recurrence(*given, reset, memory, implementation="reference")
-        total += share[..., m, None, None] * y
+        return share[..., m, None, None] * y
+
+    total = jnp.sum(jax.lax.map(read, jnp.arange(c.memories + 1)), 0)
     gate = jax.nn.silu(mixer.gate(x))
     return mixer.out(mixer.norm(total).reshape(*x.shape[:2], -1) * gate)
 
@@ -124,7 +126,7 @@ def test_one_token_touches_the_memories_it_chose_alone():
     rng = np.random.default_rng(2)
     mixer = built(memories=5, top_k=2)
     scores = np.where(np.isin(np.arange(5), (1, 3)), 9.0, 0) * np.ones((B, 1, 5))
-    before = mixer(tokens(np.zeros((B, T, 5)), rng))[1]
+    before = jax.jit(mixer.__call__)(tokens(np.zeros((B, T, 5)), rng))[1]
     chosen = np.isin(np.arange(6), (1, 3, 5))  # the last is shared
     spoilt = jax.tree.map(
         lambda a: jnp.where(chosen.reshape(6, *(1,) * (a.ndim - 3)), a, jnp.nan), before
@@ -224,7 +226,7 @@ def test_a_step_adds_the_balance_and_reports_it():
     small = {"base": "linear", "conv_width": 0, "shared_memory": False}
     pattern = (mom.Config(aux_scale=3.0, **small),)
     model = lm.Config(vocab=9, d_model=D, pattern=pattern, repeats=2, remat="cheap", ffn=None)
-    model = model.build(rngs=nnx.Rngs(0))
+    model = jax.jit(lambda config=model: config.build(rngs=nnx.Rngs(0)))()
     params = parameters(model)
     optimizer = Optimizer().build(10, decays(model))
     names = [name for name in params if "router" in name]

@@ -26,6 +26,7 @@ MESHES = {
         {"seq": 4, "strategy": "two_level", "row": 2},
         {"data": 2, "seq": 2, "model": 2, "strategy": "all_scan"},
     ),
+    16: ({"data": 2, "seq": 4, "model": 2, "strategy": "all_scan"},),
 }
 
 

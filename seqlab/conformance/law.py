@@ -4,21 +4,20 @@ import jax
 import numpy as np
 
 from seqlab.conformance.report import Finding, close, exactly, named, worst
-from seqlab.conformance.trial import BATCH, Results, Trial, whole
+from seqlab.conformance.trial import BATCH, Results, Trial
 
 LARGE = np.float32(1e3)  # garbage this large goes where nothing must be read
 
 
 def pieces_equal_the_whole(trial: Trial) -> Finding:
-    """Token by token, in halves, in odd lengths and in pieces shorter than a chunk.
+    """Token by token, in odd lengths and in pieces shorter than a chunk.
 
     Where a cut would fall into a prefix it waits for the first place that is in none.
     """
-    T, half, odd, short = trial.length, trial.half, trial.odd, trial.short
+    T, odd, short = trial.length, trial.odd, trial.short
     expected = trial.run(trial.x, trial.state, trial.reset)
     cuts = {
         "token by token": [1] * T,
-        "in halves": [half, T - half],
         "in odd lengths": [odd, 1, odd, T - 2 * odd - 1],
         "in short pieces": [short] * (T // short) + [1] * (T % short),
     }
@@ -155,7 +154,7 @@ def _changes(trial: Trial, T: int) -> list[str]:
     """What is not as `init_state` and x promise, after T tokens."""
     x, state = trial.x[:, :T], trial.empty()
     expected = named(Results(x, state))
-    actual = named(jax.eval_shape(whole, trial.mixer, x, state, trial.reset[:, :T]))
+    actual = named(trial.shapes(x, state, trial.reset[:, :T]))
     if actual.keys() != expected.keys():
         return [f"after {T} tokens the leaves are {sorted(actual)}, not {sorted(expected)}"]
     return [

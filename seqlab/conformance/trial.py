@@ -36,8 +36,8 @@ class Trial:
     prefix   of the mixer (see `Mixer`): calls must not end within it
 
     Time goes into compiling: arrays are numpy's, so that slicing and adding compile nothing, and
-    the properties cut T = `length` in few different ways: into `half`, `odd`, `short` and single
-    tokens.
+    the properties cut T = `length` in few different ways: into `odd`, `short` and single tokens.
+    A document starts at `half`, where a piece of `odd` tokens does.
     """
 
     def __init__(self, config: Any, d_model: int = 32, length: int = 40, seed: int = 0):
@@ -60,6 +60,10 @@ class Trial:
         state = self.empty(len(x)) if state is None else state
         reset = np.zeros(x.shape[:2], bool) if reset is None else reset
         return self._forward(self.mixer, x, state, reset)
+
+    def shapes(self, x, state, reset) -> Results:
+        """Shapes and dtypes of what `run` returns; it need not be compiled for that."""
+        return self._forward.eval_shape(self.mixer, x, state, reset)
 
     def legal(self, cut: int) -> int:
         """The first place from token `cut` on where a call may end: in no document's prefix."""

@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.diagonal_plus_low_rank import xla
+from seqlab.kernels.diagonal_plus_low_rank import pallas_tpu, xla
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
 
 
-@recurrence(xla=xla.chunked, transition=xla.transition)
+@recurrence(
+    xla=xla.chunked,
+    pallas_tpu=pallas_tpu.chunked,
+    transition=xla.transition,
+    best=pallas_tpu.by_platform,
+)
 def diagonal_plus_low_rank(q, k, v, a, b, log_decay, reset, state, *, chunk_size: int = 64):
     """S_t = exp(log_decay_t) * S_{t-1} + b_t (S_{t-1}^T a_t)^T + k_t v_t^T;  y_t = S_t^T q_t;
     S_{t-1} = 0 where reset_t. What a reads has not decayed yet.

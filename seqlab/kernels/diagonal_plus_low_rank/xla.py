@@ -30,9 +30,20 @@ from seqlab.parallel.transitions import Matrix
 
 def chunked(q, k, v, a, b, log_decay, reset, state, *, chunk_size: int = 64):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
-    tokens = (q, k, v, a, b, widen(log_decay), reset)
-    y, state = chunk_scan.scan_chunks(_LowRank, tokens, state, chunk_length(q, chunk_size))
-    return y.astype(v.dtype), state
+    tokens = (q, k, v, a, b, log_decay, reset)
+    return form(chunk_length(q, chunk_size)).run(tokens, state)
+
+
+def form(size: int) -> chunk_scan.InXLA:
+    """The same for chunks of a length, as `platforms.scan` takes it."""
+
+    def prepared(q, k, v, a, b, log_decay, reset):
+        return q, k, v, a, b, widen(log_decay), reset
+
+    def finished(y, q, k, v, a, b, log_decay, reset):
+        return y.astype(v.dtype)
+
+    return chunk_scan.InXLA(_LowRank, size, prepared, finished, turned=widen)
 
 
 def transition(q, k, v, a, b, log_decay, reset, *, chunk_size: int = 64) -> Matrix:

@@ -85,9 +85,9 @@ class OnTPU(NamedTuple):
         return (tuple(ys) if len(ys) > 1 else ys[0], state), entering
 
 
-def suits(tokens: tuple, state) -> bool:
-    """Whether the kernels can run q, k, v, ...: of what they cannot, XLA makes its own."""
-    q, k, v = tokens[:3]
+def suits(tokens: tuple, state, operands: int = 3) -> bool:
+    """Whether the kernels can run q, k, v, ..., of which the first are operands of products: of
+    what they cannot, XLA makes its own."""
     wide = [a for a in tokens if a.ndim == 4 and not is_narrow(a)]
     grid = heads_per_step([a.shape[2:] for a in wide])
     if grid is None or not {a.shape[3] for a in wide} <= set(WIDTHS):
@@ -95,12 +95,12 @@ def suits(tokens: tuple, state) -> bool:
     _, inner, heads = grid
     states = inner * heads * math.prod(state.shape[2:]) * state.dtype.itemsize
     fits = 4 * states <= VMEM // 2  # what enters and what leaves, and each twice
-    return fits and q.dtype == k.dtype == v.dtype
+    return fits and len({a.dtype for a in tokens[:operands]}) == 1
 
 
-def require(name: str, tokens: tuple, state) -> None:
+def require(name: str, tokens: tuple, state, operands: int = 3) -> None:
     """ModelError where they cannot."""
-    if not suits(tokens, state):
+    if not suits(tokens, state, operands):
         q, _, v, *_ = tokens
         raise ModelError(
             f"The TPU kernel of {name} takes keys and values of one dtype and of width "
