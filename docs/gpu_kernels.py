@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import triton
 from jax.extend.mlir import ir
+from jax.interpreters import mlir
 from jaxlib.triton import dialect
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
@@ -126,9 +127,8 @@ def _calls(operation) -> Iterator[Any]:
 
 
 def _read(config) -> Kernel:
-    with ir.Context() as context:
+    with mlir.make_ir_context() as context:
         dialect.register_dialect(context)
-        context.allow_unregistered_dialects = True  # of barriers
         module = ir.Module.parse(config["ir"].value_bytes)
         code = module.operation.get_asm(enable_debug_info=False)
     numbers = (config[name].value for name in ("num_warps", "num_stages"))
