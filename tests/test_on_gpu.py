@@ -12,7 +12,7 @@ import pytest
 
 from seqlab.conformance.tolerance import FORWARD, GRADIENT, allowed, worst
 from seqlab.kernels import families
-from seqlab.kernels.on_gpu import trust
+from seqlab.kernels.on_gpu import chunk_scan, trust
 from seqlab.kernels.recurrence import RECURRENCES
 from seqlab.kernels.ternary_matmul import ternary_matmul
 
@@ -29,7 +29,8 @@ def gpu():
 
 def expected(name: str, trial: trust.Trial):
     """Results and gradients of the definition, with the options of the form in XLA."""
-    run, options = {**RECURRENCES, "ternary_matmul": ternary_matmul}[name], {}
+    family = name.removesuffix(chunk_scan.OF_CHANNELS)
+    run, options = {**RECURRENCES, "ternary_matmul": ternary_matmul}[family], {}
     if isinstance(trial.xla, functools.partial):
         options = trial.xla.keywords
     definition = functools.partial(run, implementation="reference", **options)
