@@ -17,6 +17,8 @@ from jax import P
 from seqlab.kernels.attention import attention_with_lse
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.delta_rule import delta_rule
+from seqlab.kernels.linear_scan import Complex, linear_scan
+from seqlab.kernels.selective_scan import selective_scan
 from seqlab.layers.registry import mixer_config
 from seqlab.models import lm
 from seqlab.parallel.mesh import make_mesh, use_mesh
@@ -92,6 +94,29 @@ def softmax(about, K=128, V=128, *, groups=H, before=0, usual=False, **options):
     return Case("attention", about, f"{K}, {V}", "", tokens, None, run, usual)
 
 
+def selective(about, E=2048, N=16, chunk=64, usual=False):
+    """A case of the selective scan: E channels of N states."""
+    tokens = [((E,), FEW), ((E,), WIDE), ((1, N), FEW), ((1, N), FEW)]
+
+    def run(tokens, reset, state):
+        A = -jnp.ones((E, N), WIDE)
+        return selective_scan(*tokens, reset, A, state, chunk_size=chunk)
+
+    return Case("selective_scan", about, f"{N}, {E}", str(chunk), tokens, (E, N), run, usual)
+
+
+def elementwise(about, planes, E=2048, usual=False):
+    """A case of the linear scan: E numbers, real or of two planes."""
+    number = lambda parts: Complex(*parts) if planes == 2 else parts[0]
+
+    def run(tokens, reset, state):
+        a, b = number(tokens[:planes]), number(tokens[planes:])
+        return linear_scan(a, b, reset, number([state[:, i] for i in range(planes)]))
+
+    tokens = [((E,), WIDE)] * (2 * planes)
+    return Case("linear_scan", about, f"1, {E}", "", tokens, (planes, E), run, usual)
+
+
 CASES = [
     chunked(decayed_outer_product, "one decay a head"),
     chunked(decayed_outer_product, "one decay a head", chunk=128),
@@ -113,6 +138,10 @@ CASES = [
     softmax("causal, shared keys", 64, 64, groups=2),
     softmax("window of 512, 4 sinks", window=512, sinks=4),
     softmax("keys of 192 (MLA)", 192, 128),
+    selective("16 states a channel", usual=True),
+    selective("16 states a channel", chunk=128),
+    elementwise("real", 1, usual=True),
+    elementwise("complex", 2),
 ]
 
 
