@@ -17,6 +17,8 @@ from jax import P
 from seqlab.kernels.attention import attention_with_lse
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.delta_rule import delta_rule
+from seqlab.kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
+from seqlab.kernels.fused_rnn import cells, fused_rnn
 from seqlab.kernels.linear_scan import Complex, linear_scan
 from seqlab.kernels.selective_scan import selective_scan
 from seqlab.layers.registry import mixer_config
@@ -69,12 +71,24 @@ class Case(NamedTuple):
 def chunked(f: Any, about, K=128, V=128, chunk=64, *, groups=H, channels=1, normaliser=False):
     """A case of a scan over chunks."""
     tokens = [((groups, K), FEW), ((groups, K), FEW), ((H, V), FEW)]
+    tokens += [((H, K), FEW)] * 2 * (f is diagonal_plus_low_rank)
     tokens += [((H,), WIDE)] * (f is delta_rule) + [((H, channels), WIDE)]
     options = {"chunk_size": chunk, **({"normaliser": True} if normaliser else {})}
     run = lambda tokens, reset, state: f(*tokens, reset, state, **options)
     usual = (K, V, groups, chunk) == (128, 128, H, 64)
     widths, state = f"{K}, {V}", (H, K, V + normaliser)
     return Case(f.__name__, about, widths, str(chunk), tokens, state, run, usual)
+
+
+def rnn(cell, gates: int, leaves: int, d: int, usual=False):
+    """A case of a non-linear cell, of so many gates and arrays in its state."""
+
+    def run(tokens, reset, state):
+        R, bias = jnp.zeros((H, d, gates, d), FEW), jnp.zeros((H, gates, d), WIDE)
+        return fused_rnn(*tokens, reset, R, bias, tuple(jnp.moveaxis(state, 1, 0)), cell=cell)
+
+    tokens, state = [((H, gates, d), FEW)], (leaves, H, d)
+    return Case("fused_rnn", cell.__name__, str(d), "", tokens, state, run, usual)
 
 
 def softmax(about, K=128, V=128, *, groups=H, before=0, usual=False, **options):
@@ -134,6 +148,12 @@ CASES = [
     chunked(delta_rule, "one decay a head", 64, 64),
     chunked(delta_rule, "one decay a channel", channels=128),
     chunked(delta_rule, "one decay a channel", 64, 64, channels=64),
+    chunked(diagonal_plus_low_rank, "one decay a channel", channels=128),
+    chunked(diagonal_plus_low_rank, "one decay a channel", 64, 64, channels=64),
+    rnn(cells.slstm, 4, 4, 128, usual=True),
+    rnn(cells.slstm, 4, 4, 256),
+    rnn(cells.lstm, 4, 2, 64),
+    rnn(cells.gru, 3, 1, 128),
     softmax("causal", usual=True),
     softmax("causal, shared keys", 64, 64, groups=2),
     softmax("window of 512, 4 sinks", window=512, sinks=4),
