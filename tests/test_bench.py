@@ -53,10 +53,10 @@ def refused(*words) -> str:
 
 
 def test_a_ratio_is_taken_round_by_round_and_has_quartiles():
-    theirs, ours = np.array([2.0, 40.0, 6.0, 8.0, 10.0]), np.array([1.0, 10.0, 2.0, 2.0, 2.0])
-    assert timing.ratio(theirs, ours) == (4.0, 3.0, 4.0)  # of 2, 4, 3, 4, 5; of the medians: 4.0
+    theirs, ours = np.array([2.0, 40.0, 6.0, 8.0, 10.0]), np.array([1.0, 10.0, 2.0, 2.0, 5.0])
+    assert timing.ratio(theirs, ours) == (3.0, 2.0, 4.0)  # of 2, 4, 3, 4, 2; of the medians: 4
     row = timing.figure("ratio", timing.ratio(theirs, ours))
-    assert row == {"ratio": 4.0, "ratio spread": [3.0, 4.0]}
+    assert row == {"ratio": 3.0, "ratio spread": [2.0, 4.0]}
 
 
 def test_contestants_take_turns_and_every_other_round_goes_backwards():

@@ -25,7 +25,7 @@ def take(device: str | None) -> None:
         return
     if device not in DEVICES:
         raise ConfigError(f"There is no kind of device {device!r}: {nearest(device, DEVICES)}")
-    before = jax.config.jax_platforms
+    before = jax.config.jax_platforms  # pyright: ignore
     jax.config.update("jax_platforms", DEVICES[device])
     try:
         found = jax.default_backend()
