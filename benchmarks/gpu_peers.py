@@ -25,6 +25,7 @@ from benchmarks import aims
 from seqlab.bench import kernels, machine, timing
 from seqlab.bench.families import CASES, Case, Draw, Shape
 from seqlab.conformance import tolerance
+from seqlab.errors import ConfigError
 from seqlab.layers import exponential_memory as mlstm
 
 SHAPE, ROUNDS, LEAST = Shape(8, 4096, 16, 128, 128), 9, 0.05
@@ -167,4 +168,7 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:  # no GPU here
+        sys.exit(str(error))

@@ -74,12 +74,7 @@ def attention_with_lse(
     Raises ConfigError if H is not a multiple of G, the implementation is unknown, or heads cannot
     be split as the mesh says, and ModelError if a kernel that was named does not suit.
     """
-    if q.shape[2] % k.shape[2]:
-        raise ConfigError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key-value heads.")
-    if implementation is not None and implementation not in NAMED:
-        raise ConfigError(
-            f"attention has no implementation {implementation!r}: " + nearest(implementation, NAMED)
-        )
+    _check(q.shape[2], k.shape[2], implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = {"window": window, "sinks": sinks, "causal": causal, "scale": scale, "cap": cap}
     queries, keys = (q, q_position, q_document), (k, v, k_position, k_document)
@@ -97,6 +92,15 @@ def attention_with_lse(
         return each_device(run, queries, keys)
     k, v, *k_at = keys
     return run(q, k, v, *queries[1:], *k_at)
+
+
+def _check(heads: int, key_heads: int, implementation: str | None) -> None:
+    if heads % key_heads:
+        raise ConfigError(f"{heads} query heads cannot share {key_heads} key-value heads.")
+    if implementation is not None and implementation not in NAMED:
+        raise ConfigError(
+            f"attention has no implementation {implementation!r}: " + nearest(implementation, NAMED)
+        )
 
 
 def definition(

@@ -29,12 +29,12 @@ def form(tokens, size: int) -> chunk_scan.OnGPU | None:
     return chunk_scan.OnGPU(size) if chunk_scan.usable(NAME, tokens, size) else None
 
 
-@trust.trial_of(NAME)
+@trust.trial_of(NAME, chunk_scan.DTYPES)
 def trial(dtype) -> trust.Trial:
     return trust.Trial(chunked, xla.chunked, chunk_scan.tokens_to_try(dtype, channels=False))
 
 
-@trust.trial_of(NAME + chunk_scan.OF_CHANNELS)
+@trust.trial_of(NAME + chunk_scan.OF_CHANNELS, chunk_scan.DTYPES)
 def trial_of_channels(dtype) -> trust.Trial:
     return trust.Trial(chunked, xla.chunked, chunk_scan.tokens_to_try(dtype, channels=True))
 

@@ -6,8 +6,9 @@ chunk needs: scores, states, and in the delta rule the inverse and what it makes
 
 Block sizes are guesses held to what fits a program on Hopper: with K = V = 128, chunks of 64 and
 bfloat16, Triton for sm_90 takes at most 140 of 228 KB of shared memory and 255 registers a thread.
-What then spills is 0.9 KB a thread in `channel_scores`, 0.5 in `channel_gradient`, and below 0.1 in
-`channel_pairs` and `chunk_couplings`; nothing in the others.
+What then spills is 0.9 KB a thread in `channel_scores`, 0.5 in `channel_gradient`, 8 bytes in
+`chunk_couplings`; nothing in the others. In float32, which tensor cores would round, kernels spill
+up to 16 KB: there the form in XLA is taken, unless they are named.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ KERNELS = (
     *("chunk_states", "chunk_states_backward", "chunk_outputs", "chunk_couplings"),
     *("chunk_inverse", "chunk_corrections"),
 )
+DTYPES = ("bfloat16",)  # of tokens that they are taken for
 OF_CHANNELS = "_of_channels"  # in `trust`, kernels with one decay a channel
 
 
