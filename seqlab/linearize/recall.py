@@ -79,8 +79,8 @@ def write(
             f"Source {source.name!r} has {len(filler)} ASCII characters, too few to put around "
             f"recall lines in documents of {length}: give more text."
         )
-    kind = _copies if gap is None else _far if far else _scattered
-    one = kind if gap is None else functools.partial(kind, gap=gap)
+    behind = _far if far else _scattered
+    one = _copies if gap is None else functools.partial(behind, gap=gap)
     texts = (one(rng, filler, length)[:length] for _ in range(documents))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
