@@ -12,7 +12,7 @@ import numpy as np
 
 from seqlab.errors import ModelError
 from seqlab.models import lm
-from seqlab.models.parameters import axes, decays, parameters
+from seqlab.models.parameters import axes, decays, largest_first, parameters
 from seqlab.models.rearrange import Rule
 from seqlab.models.tensors import shown
 from seqlab.parallel.mesh import weight_sharding
@@ -50,7 +50,8 @@ def imported(
         for name, array in zip(rule.ours, _read(path, rule, tensors, like), strict=True):
             parts[name][rule.repeat] = array
     return {
-        name: _placed(parts[name], like[name].shape, named[name], narrow[name]) for name in like
+        name: _placed(parts[name], like[name].shape, named[name], narrow[name])
+        for name in largest_first(like)
     }
 
 
