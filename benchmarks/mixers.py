@@ -9,7 +9,6 @@ of other JAX packages against our kernels. A ratio above 1 is for us. On a machi
 read the ratio of CPU seconds.
 """
 
-import os
 import sys
 
 import jax
@@ -19,7 +18,7 @@ from flax import nnx
 
 import benchmarks.record as record
 from benchmarks import jax_peers, published
-from seqlab.bench import machine, timing
+from seqlab.bench import timing
 from seqlab.conformance import tolerance
 from seqlab.layers.registry import mixer_config, own_mixers
 
@@ -37,7 +36,11 @@ def main(names: list[str]) -> int:
     rows = [alone(name) for name in names or own_mixers()]
     races = [] if names else [*against_transformers(), *against_jax()]
     code = record.record("mixers", rows, [])
-    return code if not races else record.record("mixers_raced", races, [claim(r) for r in races])
+    return (
+        code
+        if not races
+        else record.record("mixers_raced", races, [record.claim(r) for r in races])
+    )
 
 
 def alone(name: str) -> dict:
@@ -74,9 +77,14 @@ def against_transformers() -> list[dict]:
         ours = published.our_passes(pair.ours, B, length)
         theirs = published.their_passes(pair.theirs, B, length)
         rows += [
-            raced(name, "transformers", what, length, ours[what], theirs[what]) for what in theirs
+            record.raced(name, "transformers", w, length, ours[w], theirs[w], turns(w))
+            for w in theirs
         ]
     return rows
+
+
+def turns(which: str) -> int:
+    return 40 if which == "decode" else ROUNDS
 
 
 def against_jax() -> list[dict]:
@@ -96,35 +104,12 @@ def against(peer: jax_peers.Peer) -> list[dict]:
         ours, theirs = (jax.jit(form(f)) for f in (peer.ours, peer.theirs))
         wait = lambda f: lambda: jax.block_until_ready(f(*peer.arrays))
         try:
-            rows.append(raced(peer.name, peer.package, what, jax_peers.T, wait(ours), wait(theirs)))
+            both = wait(ours), wait(theirs)
+            name, package = peer.name, peer.package
+            rows.append(record.raced(name, package, what, jax_peers.T, *both, turns(what)))
         except Exception as broken:
             print(f"{peer.name} of {peer.package}, {what}: {type(broken).__name__}", flush=True)
     return rows
-
-
-def raced(name, peer, what, length, ours, theirs) -> dict:
-    rounds = ROUNDS if what != "decode" else 40
-    laps = timing.race({"ours": ours, "theirs": theirs}, rounds)
-    row = {
-        "what": name,
-        "peer": peer,
-        "pass": what,
-        "tokens a row": length,
-        "our ms": 1e3 * float(np.median(laps["ours"].seconds)),
-        "their ms": 1e3 * float(np.median(laps["theirs"].seconds)),
-        **timing.ratios(laps["theirs"], laps["ours"]),
-        "cores": machine.cores(),
-        "load": os.getloadavg()[0],
-    }
-    print(row, flush=True)
-    return row
-
-
-def claim(row: dict) -> record.Claim:
-    busy = row["load"] > row["cores"] + 1
-    ratio = row["ratio of CPU seconds" if busy else "ratio"]
-    says = f"{row['what']}, {row['pass']}: no slower than {row['peer']}"
-    return record.Claim(says, f"{ratio:.2f}", ratio >= 1)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
 import transformers
 
 import seqlab
+from seqlab.bench import training
 from seqlab.errors import SeqlabError
 from seqlab.infer.session import Session
 from seqlab.models.lm import LM
-from seqlab.models.parameters import decays, parameters
-from seqlab.train import optimizer
-from seqlab.train.corpus import Batch
-from seqlab.train.step import make_step
 
 D, VOCAB, STEPS = 512, 256, 8
 
@@ -108,19 +104,9 @@ def tokens(batch: int, length: int) -> np.ndarray:
 def our_training(model: LM, batch: int, length: int) -> tuple[Callable[[], object], int]:
     """One training step, and the bytes that its program holds beside parameters and batch. Its
     layers are compiled one by one, as a short run of a small model may well ask for."""
-    ids = tokens(batch, length)
-    data = Batch(ids, np.ones_like(ids))
     model.config = dataclasses.replace(model.config, unroll=model.config.repeats)
-    tx = optimizer.Config().build(1000, decays(model))
-    params = jax.tree.map(jnp.array, parameters(model))
-    held: list[Any] = [params, tx.init(params)]
-    step = make_step(jax.eval_shape(lambda: model), tx).lower(*held, data).compile()
-
-    def work():
-        *held[:], metrics = step(*held, data)
-        return jax.block_until_ready(metrics)
-
-    return work, step.memory_analysis().temp_size_in_bytes
+    step = training.step(model, tokens(batch, length))
+    return step.work, step.bytes
 
 
 def their_training(model: torch.nn.Module, batch: int, length: int) -> Callable[[], object]:
@@ -170,18 +156,23 @@ def their_passes(
 
     passes = {"forward": forward, "forward and backward": both}
     try:
-        with torch.no_grad():
-            first = model(input_ids=ids[:, : length // 2], use_cache=True)
+        return passes | {"decode": their_decoding(model, ids[:, : length // 2])}
     except ValueError as why:  # xLSTM in the mode that trains
         print(f"{type(model).__name__} does not decode: {why}", flush=True)
         return passes
+
+
+def their_decoding(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[], object]:
+    """STEPS tokens after a prompt [B, T], greedily."""
+    with torch.no_grad():
+        first = model(input_ids=prompt, use_cache=True)
     cache = "past_key_values" if "past_key_values" in first else "cache_params"
 
     def steps():  # the cache is written in place; attention's grows by a token at a time
-        token = ids[:, :1]
+        token = prompt[:, :1]
         with torch.no_grad():
             for _ in range(STEPS):
                 out = model(input_ids=token, use_cache=True, **{cache: first[cache]})
                 token = out.logits[:, -1:].argmax(-1)
 
-    return {**passes, "decode": steps}
+    return steps

@@ -1,13 +1,18 @@
 """What every benchmark does with its numbers: a table, a verdict on each claim, a JSON file."""
 
+import os
 import pathlib
 import shlex
 import sys
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 
+from benchmarks import aims
+from seqlab.bench import machine, timing
 from seqlab.bench import record as figures
+from seqlab.bench.timing import Work
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -18,6 +23,36 @@ class Claim(NamedTuple):
     says: str
     number: str
     holds: bool  # a Python bool: it goes to JSON
+
+
+def claim(row: dict[str, Any]) -> Claim:
+    """That a race reached its aim."""
+    name, which = row.get("what") or row["model"], row.get("pass", aims.TRAINING)
+    measured = (
+        "" if aims.reached(row) == row["ratio"] else " in CPU seconds, the machine being busy"
+    )
+    says = f"{name}, {which}: against {row['peer']}{measured}, at least {aims.aim(row):g}"
+    return Claim(says, f"{aims.reached(row):.2f}", aims.holds(row))
+
+
+def raced(
+    name: str, peer: str, which: str, length: int, ours: Work, theirs: Work, rounds: int
+) -> dict[str, Any]:
+    """A row: the two in turns."""
+    laps = timing.race({"ours": ours, "theirs": theirs}, rounds)
+    row = {
+        "what": name,
+        "peer": peer,
+        "pass": which,
+        "tokens a row": length,
+        "our ms": 1e3 * float(np.median(laps["ours"].seconds)),
+        "their ms": 1e3 * float(np.median(laps["theirs"].seconds)),
+        **timing.ratios(laps["theirs"], laps["ours"]),
+        "cores": machine.cores(),
+        "load": os.getloadavg()[0],
+    }
+    print(row, flush=True)
+    return row
 
 
 def record(name: str, rows: list[dict[str, Any]], claims: list[Claim]) -> int:

@@ -17,6 +17,10 @@ from jax import P
 from seqlab.kernels.attention import attention_with_lse
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.delta_rule import delta_rule
+from seqlab.kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
+from seqlab.kernels.fused_rnn import cells, fused_rnn
+from seqlab.kernels.linear_scan import linear_scan
+from seqlab.kernels.selective_scan import selective_scan
 from seqlab.layers.registry import mixer_config
 from seqlab.models import lm
 from seqlab.parallel.mesh import make_mesh, use_mesh
@@ -49,9 +53,10 @@ def main(targets) -> None:
 class Case(NamedTuple):
     """A kernel of `family`, with a gradient; `usual` ones are compiled for every target.
 
-    tokens  widths and dtype of each array of [B, T, ...]
-    state   shape of a state of a row, in float32; None for none
-    run     tokens, reset [B, T], state -> results
+    tokens   widths and dtype of each array of [B, T, ...]
+    states   shapes of what a state of a row consists of, in float32
+    run      tokens, weights, reset [B, T], states -> results
+    weights  shapes, in bfloat16
     """
 
     family: str
@@ -59,27 +64,60 @@ class Case(NamedTuple):
     widths: str
     chunk: str
     tokens: list[tuple[tuple[int, ...], Any]]
-    state: tuple[int, ...] | None
+    states: list[tuple[int, ...]]
     run: Callable
     usual: bool = False
+    weights: list[tuple[int, ...]] = []
 
 
 def chunked(f: Any, about, K=128, V=128, chunk=64, *, groups=H, channels=1, normaliser=False):
     """A case of a scan over chunks."""
     tokens = [((groups, K), FEW), ((groups, K), FEW), ((H, V), FEW)]
-    tokens += [((H,), WIDE)] * (f is delta_rule) + [((H, channels), WIDE)]
+    more = {delta_rule: [((H,), WIDE)], diagonal_plus_low_rank: [((H, K), FEW)] * 2}
+    tokens += [*more.get(f, []), ((H, channels), WIDE)]
     options = {"chunk_size": chunk, **({"normaliser": True} if normaliser else {})}
-    run = lambda tokens, reset, state: f(*tokens, reset, state, **options)
+    run = lambda tokens, weights, reset, states: f(*tokens, reset, *states, **options)
     usual = (K, V, groups, chunk) == (128, 128, H, 64)
-    widths, state = f"{K}, {V}", (H, K, V + normaliser)
-    return Case(f.__name__, about, widths, str(chunk), tokens, state, run, usual)
+    widths, states = f"{K}, {V}", [(H, K, V + normaliser)]
+    return Case(f.__name__, about, widths, str(chunk), tokens, states, run, usual)
+
+
+def elementwise(E=1024, N=16):
+    """Scans of numbers: `linear_scan`, and `selective_scan` of N a channel."""
+
+    def linear(tokens, weights, reset, states):
+        a, b = tokens
+        return linear_scan(jax.nn.sigmoid(a), b, reset, *states)
+
+    def selective(tokens, weights, reset, states):
+        u, dt, b, c = tokens
+        A = -jnp.exp(weights[0].astype(WIDE))
+        return selective_scan(u, jax.nn.softplus(dt), b, c, reset, A, *states)
+
+    numbers, shared = [((E,), WIDE)] * 2, [((1, N), FEW)] * 2
+    tokens = [((E,), FEW), ((E,), WIDE), *shared]
+    return [
+        Case("linear_scan", "", f"{E:,}", "", numbers, [(E,)], linear, True),
+        Case("selective_scan", "", f"{E:,}, {N}", "", tokens, [(E, N)], selective, True, [(E, N)]),
+    ]
+
+
+def recurrent(cell, gates: int, leaves: int, d: int, usual=False):
+    """A case of a non-linear cell, of so many gates and arrays in its state."""
+    weights, states = [(H, d, gates, d), (H, gates, d)], [(H, d)] * leaves
+
+    def run(tokens, weights, reset, states):
+        return fused_rnn(*tokens, reset, *weights, tuple(states), cell=cell)
+
+    tokens = [((H, gates, d), FEW)]
+    return Case("fused_rnn", cell.__name__, str(d), "", tokens, states, run, usual, weights)
 
 
 def softmax(about, K=128, V=128, *, groups=H, before=0, usual=False, **options):
     """A case of attention; of the keys, `before` come before the first query."""
     tokens = [((H, K), FEW), ((groups, K), FEW), ((groups, V), FEW)]
 
-    def run(tokens, reset, state):
+    def run(tokens, weights, reset, states):
         q, k, v = tokens
         position = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         at = position, jnp.cumsum(reset, 1, dtype=jnp.int32)
@@ -89,7 +127,7 @@ def softmax(about, K=128, V=128, *, groups=H, before=0, usual=False, **options):
             past = *(jnp.zeros((B, before, *a.shape[2:]), FEW) for a in (k, v)), held, held - 1
         return attention_with_lse(q, k, v, *at, *at, past=past, **options)
 
-    return Case("attention", about, f"{K}, {V}", "", tokens, None, run, usual)
+    return Case("attention", about, f"{K}, {V}", "", tokens, [], run, usual)
 
 
 CASES = [
@@ -109,6 +147,13 @@ CASES = [
     chunked(delta_rule, "one decay a head", 64, 64),
     chunked(delta_rule, "one decay a channel", channels=128),
     chunked(delta_rule, "one decay a channel", 64, 64, channels=64),
+    chunked(diagonal_plus_low_rank, "one decay a channel", channels=128),
+    chunked(diagonal_plus_low_rank, "one decay a channel", 64, 64, channels=64),
+    *elementwise(),
+    recurrent(cells.slstm, 4, 4, 128, usual=True),
+    recurrent(cells.slstm, 4, 4, 256),
+    recurrent(cells.lstm, 4, 2, 64),
+    recurrent(cells.gru, 3, 1, 128),
     softmax("causal", usual=True),
     softmax("causal, shared keys", 64, 64, groups=2),
     softmax("window of 512, 4 sinks", window=512, sinks=4),
@@ -149,16 +194,18 @@ def compiled(case: Case, target: str) -> str:
     here = jax.NamedSharding(mesh, P())
     shape = lambda *s, dtype: jax.ShapeDtypeStruct(s, dtype, sharding=here)
     flat = [shape(B, T, math.prod(widths), dtype=dtype) for widths, dtype in case.tokens]
-    state = shape(B, *case.state, dtype=WIDE) if case.state else None
+    weights = [shape(*s, dtype=FEW) for s in case.weights]
+    states = [shape(B, *s, dtype=WIDE) for s in case.states]
 
-    def loss(flat, reset, state):
+    def loss(flat, weights, states, reset):
         tokens = [a.reshape(B, T, *w) for a, (w, _) in zip(flat, case.tokens, strict=True)]
         total = lambda a: jnp.sum(jnp.sin(a.reshape(len(a), -1).astype(WIDE)))
-        return sum(map(total, jax.tree.leaves(case.run(tokens, reset, state))))
+        return sum(map(total, jax.tree.leaves(case.run(tokens, weights, reset, states))))
 
     with use_mesh(), jax.set_mesh(mesh):
-        program = jax.jit(jax.grad(loss, argnums=(0, 2)))
-        return str(program.lower(flat, shape(B, T, dtype=jnp.bool_), state).compile().as_text())
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        given = flat, weights, states, shape(B, T, dtype=jnp.bool_)
+        return str(program.lower(*given).compile().as_text())
 
 
 # ---- whole train steps ----

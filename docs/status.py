@@ -73,9 +73,9 @@ def families() -> str:
     return "| `model_type` | |\n| --- | --- |\n" + rows
 
 
-def replaced(text: str, new: str, name: str = "status") -> str:
-    """`text` with what is between the markers of this name replaced."""
-    begin, end = f"<!-- {name}: python docs/status.py -->\n", f"<!-- end of {name} -->\n"
+def replaced(text: str, new: str, name: str = "status", by: str = "docs/status.py") -> str:
+    """`text` with what is between the markers of this name, which say what writes it, replaced."""
+    begin, end = f"<!-- {name}: python {by} -->\n", f"<!-- end of {name} -->\n"
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     return before + begin + new + end + after

@@ -13,13 +13,16 @@ import pytest
 from seqlab.conformance.tolerance import FORWARD, GRADIENT, allowed, worst
 from seqlab.kernels import families
 from seqlab.kernels.fused_rnn import cells
-from seqlab.kernels.on_gpu import trust
+from seqlab.kernels.on_gpu import chunk_scan, trust
 from seqlab.kernels.recurrence import RECURRENCES
 from seqlab.kernels.ternary_matmul import ternary_matmul
 
 families.enter_all()
 
-OPTIONS = {"fused_rnn": {"cell": cells.slstm}}
+OPTIONS = {
+    "fused_rnn": {"cell": cells.slstm},
+    "decayed_outer_product": {"normaliser": True},
+}
 EVERY = [(name, dtype) for name, dtypes in trust.DTYPES.items() for dtype in dtypes]
 
 
@@ -31,7 +34,9 @@ def gpu():
 
 def expected(name: str, args):
     """Results and gradients of the definition."""
-    run = {**RECURRENCES, "ternary_matmul": ternary_matmul}[name]
+    run = {**RECURRENCES, "ternary_matmul": ternary_matmul}[
+        name.removesuffix(chunk_scan.OF_CHANNELS)
+    ]
     definition = functools.partial(run, implementation="reference", **OPTIONS.get(name, {}))
     wide = lambda a: np.asarray(a, np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):

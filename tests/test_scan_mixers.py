@@ -28,13 +28,13 @@ def gelu(x):
 
 def built(name, **fields):
     """A mixer, its weights by name in float64, its input, and what it returns."""
-    mixer = mixer_config(name, **fields).build(D, rngs=nnx.Rngs(0))
+    mixer = jax.jit(lambda: mixer_config(name, **fields).build(D, rngs=nnx.Rngs(0)))()
     x = jax.random.normal(jax.random.key(1), (B, T, D))
     paths, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(mixer, nnx.Param)))
     weights = {
         ".".join(str(key.key) for key in path): np.asarray(leaf, np.float64) for path, leaf in paths
     }
-    return weights, np.asarray(x, np.float64), mixer(x)[0]
+    return weights, np.asarray(x, np.float64), jax.jit(lambda mixer, x: mixer(x)[0])(mixer, x)
 
 
 def scanned(decay, write):

@@ -25,13 +25,13 @@ from seqlab.train.config import Checkpoint, Mesh, Optimizer, Track
 from seqlab.train.corpus import Batch
 from seqlab.train.lock import FILE as LOCK
 from seqlab.train.loop import train
-from tests.runs import losses, rows, stored, tiny, write_texts, write_tokenizer
+from tests.runs import losses, quick, rows, stored, write_texts, write_tokenizer
 
 CONFIG_FILE = """
 import pathlib
 from tests import leaky
-from tests.runs import tiny
-config = tiny(pathlib.Path({texts!r}))
+from tests.runs import quick
+config = quick(pathlib.Path({texts!r}))
 """
 
 #: The command line, with signals sent to itself when it places a batch (one of them is held out).
@@ -63,7 +63,7 @@ def texts(tmp_path_factory):
 def whole(texts, tmp_path_factory):
     """40 steps in one go."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    outcome = train(tiny(texts), folder, say=lambda text: None)
+    outcome = train(quick(texts), folder, say=lambda text: None)
     assert (outcome.step, outcome.finished, outcome.trained) == (40, True, True)
     return folder
 
@@ -72,7 +72,7 @@ def whole(texts, tmp_path_factory):
 def interrupted(texts, tmp_path_factory):
     """name -> (folder, exit status, stderr) of runs that got signals in their 18th step."""
     base = tmp_path_factory.mktemp("interrupted")
-    (base / "tiny.py").write_text(CONFIG_FILE.format(texts=str(texts)))
+    (base / "quick.py").write_text(CONFIG_FILE.format(texts=str(texts)))
     signals = {
         "killed": [signal.SIGKILL],
         "asked": [signal.SIGTERM],
@@ -84,7 +84,7 @@ def interrupted(texts, tmp_path_factory):
         command = [sys.executable, "-c", FAULTY, "18", numbers]
         command += [
             "train",
-            str(base / "tiny.py"),
+            str(base / "quick.py"),
             "checkpoint.every=15",
             "--out",
             str(base / name),
@@ -100,7 +100,7 @@ def interrupted(texts, tmp_path_factory):
 def again(texts, folder, **fields):
     """Train on in a folder; what was said."""
     said = []
-    outcome = train(tiny(texts, **fields), folder, say=said.append)
+    outcome = train(quick(texts, **fields), folder, say=said.append)
     return outcome, "\n".join(said)
 
 
@@ -195,7 +195,7 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps(texts, whole, tmp_pa
         ({"optimizer": Optimizer(lr=1.0)}, r"differs in optimizer.lr \(was 0.003, is 1.0\)"),
         (
             {"model": lm.Config(vocab=257, d_model=32, pattern=(mamba2.Config(),))},
-            r"differs in model.pattern.0.mixer \(was \"gla\", is \"mamba2\"\)",
+            r"differs in model.pattern.0.mixer \(was \"min_gru\", is \"mamba2\"\)",
         ),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_folder_in_use_or_of_something_else_is_left_alone(texts, whole, tmp_pa
 
 
 def test_bad_data_leaves_nothing_in_the_way_of_the_next_try(texts, tmp_path):
-    data = dataclasses.replace(tiny(texts).data, train=tiny(tmp_path / "none").data.train)
+    data = dataclasses.replace(quick(texts).data, train=quick(tmp_path / "none").data.train)
     with pytest.raises(DataError, match="No file matches"):
         again(texts, tmp_path / "run", data=data)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
@@ -235,7 +235,7 @@ def test_a_run_begins_with_the_weights_of_another_and_goes_on_without_it(texts, 
     again(texts, folder, start=str(start), steps=1, evaluate_every=0)
     assert losses(folder)[0] < 0.8 * losses(whole)[0]
     assert json.loads((folder / "config.json").read_text())["run"]["start"] == str(start)
-    other = dataclasses.replace(tiny(texts).model, d_model=16)
+    other = dataclasses.replace(quick(texts).model, d_model=16)
     with pytest.raises(ConfigError, match=r"start=.*down.weight is \[1, \d+, 32\] and .*, 16\]"):
         again(texts, tmp_path / "other", model=other, start=str(start))
     shutil.rmtree(start)
@@ -359,7 +359,7 @@ def test_documents_in_turns_train_as_one_device_does_and_log_the_gain(texts, who
 def test_a_window_too_short_for_a_document_is_refused_where_the_batch_is_placed(texts, tmp_path):
     window = Mesh(seq=4, strategy="window", hops=1)
     with pytest.raises(DataError, match="A document begins 3 devices before its end but mesh.hops"):
-        train(tiny(texts, mesh=window), tmp_path / "run", say=lambda text: None)
+        train(quick(texts, mesh=window), tmp_path / "run", say=lambda text: None)
     ids = np.repeat([[1, 1, 1, 2, 2, 2, 2, 3, 3]], 2, axis=0)  # eight, and what the last predicts
     batch = Batch(ids, ids)
     with use_mesh(seq=4, strategy="window", hops=2) as mesh:
@@ -372,7 +372,7 @@ def test_a_window_too_short_for_a_document_is_refused_where_the_batch_is_placed(
 def test_a_run_keeps_its_tokenizer(texts, tmp_path):
     (tmp_path / "bpe").mkdir()
     spec = str(write_tokenizer(tmp_path / "bpe") / "tokenizer.json")
-    config = tiny(texts, steps=2)
+    config = quick(texts, steps=2)
     config = settings.override(config, [f"data.tokenizer={spec}", "model.vocab=290"])
     outcome = train(config, tmp_path / "run", say=lambda text: None)
     shutil.rmtree(tmp_path / "bpe")
@@ -385,7 +385,7 @@ def test_a_run_keeps_its_tokenizer(texts, tmp_path):
 def test_a_run_that_lost_its_checkpoints_starts_anew_and_says_so(texts, whole, tmp_path):
     folder, said = shutil.copytree(whole, tmp_path / "run"), []
     shutil.rmtree(folder / "checkpoints")
-    train(tiny(texts, steps=2), folder, say=said.append)
+    train(quick(texts, steps=2), folder, say=said.append)
     assert "holds no checkpoint: starting at step 1" in said[0]
     assert (folder / "metrics.jsonl.old").read_text() == (whole / "metrics.jsonl").read_text()
     assert losses(folder) == losses(whole)[:2]
@@ -397,4 +397,4 @@ def test_a_run_whose_last_step_is_not_saved_does_not_end_well(texts, tmp_path, m
 
     monkeypatch.setattr(artifacts, "publish", full)
     with pytest.raises(CheckpointError, match="Step 2, the last, is not saved"):
-        train(tiny(texts, steps=2), tmp_path / "run", say=lambda text: None)
+        train(quick(texts, steps=2), tmp_path / "run", say=lambda text: None)

@@ -12,7 +12,7 @@ from jax import P
 from jax.experimental import pallas as pl
 
 from seqlab import doctor
-from seqlab.kernels import platforms
+from seqlab.kernels import families, platforms
 from seqlab.kernels.on_gpu import trust
 from seqlab.parallel.mesh import use_mesh
 
@@ -35,6 +35,7 @@ def doubled(by: float, slope: float, interpret=True):
 @pytest.fixture
 def tried(monkeypatch):
     """Trials of a session of their own on a pretended GPU, and which of them were made."""
+    families.enter_all()
     monkeypatch.setattr(trust, "TRIALS", {})
     monkeypatch.setattr(trust, "DTYPES", {})
     monkeypatch.setattr(trust, "gpu_kind", lambda: "Pretended")

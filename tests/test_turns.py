@@ -85,9 +85,9 @@ def packed(lengths, rows, length):
 def test_turns_have_the_gradients_of_one_device():
     pattern = (gla.Config(heads=2, chunk_size=16), attention.Config(heads=2, max_length=64))
     config = lm.Config(vocab=31, d_model=16, pattern=pattern, ffn=None)
-    batch = packed([60, 30, 29, 15, 14, 13, 12, 9, 9, 5, 3, 2, 1], rows=4, length=64)
+    batch = packed([60, 15, 14, 13, 12, 9, 9, 5, 3, 2, 1], rows=4, length=64)
     model, optimizer = config.skeleton(), optax.apply_if_finite(optax.sgd(1.0), 5)
-    start = parameters(config.build(rngs=nnx.Rngs(0)))
+    start = jax.jit(lambda: parameters(config.build(rngs=nnx.Rngs(0))))()
     alone = make_step(model, optimizer)
     expected, _, metrics = alone(copied(start), optimizer.init(start), batch)
     said = []

@@ -47,6 +47,10 @@ class Case(NamedTuple):
     arrays: Callable[["Draw", Shape], tuple]
     learned: tuple[int, ...]
 
+    @property
+    def name(self) -> str:
+        return f"{self.family}, {self.variant}" if self.variant else self.family
+
 
 class Draw:
     """Random arrays: `tokens` in the dtype of operands, `wide` in float32."""

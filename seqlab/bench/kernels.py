@@ -5,9 +5,10 @@ gradients, arguments and results once more, and the gradients), and the operatio
 in the XLA form, so that all forms are held against the same work.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,34 +16,29 @@ import jax.numpy as jnp
 from seqlab import settings
 from seqlab.bench import machine
 from seqlab.bench.ceilings import Ceilings, operands
+from seqlab.bench.contestants import gather, size_of
 from seqlab.bench.families import CASES, FAMILIES, Case, Draw, Shape, implementations
 from seqlab.bench.record import Row
 from seqlab.bench.sizes import combinations
 from seqlab.bench.timing import Laps, Work, figure, race, ratio, spread
-from seqlab.errors import ConfigError, SeqlabError, nearest
+from seqlab.errors import ConfigError, nearest
 from seqlab.kernels.recurrence import PLATFORM, RECURRENCES
 from seqlab.plan.flops import products
 
 FORWARD, BOTH = "forward", "forward and backward"
 LEAST = 0.05  # seconds of a lap
 YARDSTICK = "xla"
-CANNOT = (SeqlabError, NotImplementedError, jax.errors.JaxRuntimeError)
 #: What shapes are unless fields are given; on an accelerator as large as the papers' own tables.
 SMALL, LARGE = Shape(), Shape(8, 4096, 16, 128, 128)
 
 
 class Program(NamedTuple):
-    """One form and pass of a case, compiled, and what it takes at the least."""
+    """A form of a case in one pass, compiled, and what it takes at the least."""
 
-    form: str
     which: str
     work: Work
     moved: int
     flops: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.form}, {self.which}"
 
 
 def cases(family: str) -> list[Case]:
@@ -78,37 +74,39 @@ def measure(
     arrays = case.arrays(Draw(operands()), shape)
     sizes = settings.plain(shape)
     about = {
-        "kernel": f"{case.family}{', ' * bool(case.variant)}{case.variant}",
+        "kernel": case.name,
         "size": " ".join(f"{name}{number}" for name, number in sizes.items()),
         **{"family": case.family, "variant": case.variant, **sizes},
     }
     passes = (FORWARD, BOTH) if case.learned else (FORWARD,)
-    made, absent = [], []
-    for form, which in itertools.product(forms(case, asked), passes):
-        try:
-            one = program(case, arrays, form, which)
-            one.work()
-            made.append(one)
-        except CANNOT as error:  # a row beside those of the forms that can
-            why = settings.raised(error)
-            absent.append({**about, "form": form, "pass": which, "left out": why})
-    laps = race(top.works | {one.name: one.work for one in made}, rounds, LEAST)
-    return [about | _row(one, laps, top) for one in made] + absent
+    ways = {
+        f"{form}, {which}": (form, which)
+        for form, which in itertools.product(forms(case, asked), passes)
+    }
+    tell: Callable[[str], Row] = lambda name: {
+        **about,
+        **dict(zip(("form", "pass"), ways[name], strict=True)),
+    }
+    makers = {name: functools.partial(program, case, arrays, *way) for name, way in ways.items()}
+    made, absent = gather(makers, tell)
+    laps = race(top.works | {name: one.work for name, one in made.items()}, rounds, LEAST)
+    return [tell(name) | _row(name, one, laps, top) for name, one in made.items()] + absent
 
 
-def program(case: Case, arrays: tuple, form: str, which: str) -> Program:
-    """Raises ConfigError where there is no memory for it, and what the form raises."""
+def program(case: Case, arrays: tuple, form: str | None, which: str) -> Program:
+    """`form` None is what the family takes by itself. Raises ConfigError where there is no memory
+    for it, and what the form raises."""
     f, given = _traced(case, arrays, form, which)
     compiled = jax.jit(f).lower(*given).compile()
     machine.require(compiled)
-    moved = _bytes(given) + _bytes(jax.eval_shape(f, *given))
-    moved += _bytes(arrays) if which == BOTH else 0
+    moved = size_of(given) + size_of(jax.eval_shape(f, *given))
+    moved += size_of(arrays) if which == BOTH else 0
     counted, like = _traced(case, arrays, YARDSTICK, which)
     work = lambda: jax.block_until_ready(compiled(*given))
-    return Program(form, which, work, moved, products(counted, *like))
+    return Program(which, work, moved, products(counted, *like))
 
 
-def _traced(case: Case, arrays: tuple, form: str, which: str) -> tuple[Callable, tuple]:
+def _traced(case: Case, arrays: tuple, form: str | None, which: str) -> tuple[Callable, tuple]:
     """The function to compile, and its arguments: with gradients, also the cotangent of y."""
     f = lambda *arrays: case.call(*arrays, implementation=form)
     if which == FORWARD:
@@ -127,19 +125,15 @@ def _traced(case: Case, arrays: tuple, form: str, which: str) -> tuple[Callable,
     return both, (d_y, *arrays)
 
 
-def _row(one: Program, laps: dict[str, Laps], top: Ceilings) -> Row:
-    seconds, yardstick = laps[one.name].seconds, laps.get(f"{YARDSTICK}, {one.which}")
-    row = {"form": one.form, "pass": one.which, **figure("ms", spread(1e3 * seconds))}
+def _row(name: str, one: Program, laps: dict[str, Laps], top: Ceilings) -> Row:
+    seconds, yardstick = laps[name].seconds, laps.get(f"{YARDSTICK}, {one.which}")
+    row = figure("ms", spread(1e3 * seconds))
     if yardstick is not None:
         row |= figure(f"against {YARDSTICK}", ratio(yardstick.seconds, seconds))
     row |= {"bytes": one.moved, **figure("GB/s", spread(one.moved / seconds / 1e9))}
-    row |= figure("of the copy", top.of_copy(one.moved, laps, one.name))
+    row |= figure("of the copy", top.of_copy(one.moved, laps, name))
     if one.flops:
         row |= {"operations": one.flops}
         row |= figure("GFLOP/s", spread(one.flops / seconds / 1e9))
-        row |= figure("of the product", top.of_product(one.flops, laps, one.name))
+        row |= figure("of the product", top.of_product(one.flops, laps, name))
     return row | top.row(laps)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -81,11 +81,13 @@ def room() -> int | None:
     return told["bytes_limit"] - told["bytes_in_use"] if "bytes_limit" in told else None
 
 
-def require(program: jax.stages.Compiled) -> None:
-    """Raises ConfigError where less is free than a program needs beside its arguments."""
-    told, free = program.memory_analysis(), room()
-    if told is not None and free is not None:
-        fit(told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes, free)
+def require(program: jax.stages.Compiled, more: int = 0) -> None:
+    """Raises ConfigError where less is free than a program needs: what it works with and returns,
+    and so many bytes of arguments that are yet to be made."""
+    told = program.memory_analysis()
+    if told is not None:
+        own = told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+        fit(own + more, room())
 
 
 def fit(needed: int, free: int | None) -> None:

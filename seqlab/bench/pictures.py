@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from seqlab.bench.record import Row, shown
 from seqlab.bench.timing import SPREAD
@@ -20,6 +20,9 @@ WIDTH = 10.4  # inches, of every picture
 HEIGHT = 3.4  # of a panel
 LINE = 0.36  # of a row of points
 STATE = "state bytes"
+
+#: Where the axes have marks: at powers of 4, and at 1, 2, 5, 10, 20 ...
+BYTES, NUMBERS = LogLocator(4), LogLocator(10, (1, 2, 5))
 
 Name = Callable[[Row], str]
 
@@ -60,7 +63,7 @@ def prefill(folder: pathlib.Path, name: str, rows: Sequence[Row]) -> None:
 def decode(folder: pathlib.Path, name: str, rows: Sequence[Row]) -> None:
     """Microseconds a step by the context, a panel for each batch, and bytes of state."""
     _by_context(folder, name, rows, "us a step", "microseconds a step", readable.count)
-    one = [row for row in rows if row["B"] == rows[0]["B"]]
+    one = [row for row in rows if row["batch"] == rows[0]["batch"]]
     _by_context(folder, f"{name}_state", one, STATE, "state of one sequence", readable.size)
 
 
@@ -73,14 +76,15 @@ def _by_context(
     text: Callable[[float], str],
 ) -> None:
     """A line for each model, from context to context, with a bar from quartile to quartile."""
-    batches = sorted({row["B"] for row in rows})
+    batches = sorted({row["batch"] for row in rows})
     for theme in THEMES:
         drawn = Figure((WIDTH, HEIGHT), dpi=DPI, layout="constrained", facecolor=theme.paper)
         panels = drawn.subplots(1, len(batches), sharey=True, squeeze=False)[0]
         for axes, batch in zip(panels, batches, strict=True):
-            of = [row for row in rows if row["B"] == batch]
+            of = [row for row in rows if row["batch"] == batch]
             _panel(axes, theme, of, figure, unit + f", batch {batch}" * (figure != STATE))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: text(y)))
+            axes.yaxis.set_major_locator(BYTES if figure == STATE else NUMBERS)
         write(folder, name, theme, drawn)
 
 

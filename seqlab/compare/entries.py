@@ -29,18 +29,23 @@ def parse(text: str, protocol: Protocol, widths: Sequence[int] = ()) -> tuple[En
     Between parentheses stand overrides as on the command line of `check`. Raises ConfigError for
     whatever cannot be built.
     """
-    labels = registry.own_mixers() if text.strip() == "all" else list(_cut(text))
-    if not labels or len(set(labels)) < len(labels):
-        raise ConfigError(f"--mixers {text!r}: name one or more mixers, each once: a,b(heads=2).")
-    mixers = [(label, _mixer(label, protocol)) for label in labels]
     entries = tuple(
         Entry(label, named(label, width, len(widths) > 1), model(mixer, protocol, width))
-        for label, mixer in mixers
+        for label, mixer in mixers(text, protocol.length)
         for width in widths or protocol.widths[:1]
     )
     for entry in entries:
         entry.model.skeleton()  # what does not fit is said before anything trains
     return entries
+
+
+def mixers(text: str, length: int) -> list[tuple[str, Any]]:
+    """The mixers of such a text by their labels; a state that grows with a `max_length` that is not
+    given holds `length` tokens."""
+    labels = registry.own_mixers() if text.strip() == "all" else list(_cut(text))
+    if not labels or len(set(labels)) < len(labels):
+        raise ConfigError(f"--mixers {text!r}: name one or more mixers, each once: a,b(heads=2).")
+    return [(label, _mixer(label, length)) for label in labels]
 
 
 def named(label: str, width: int, several: bool) -> str:
@@ -61,7 +66,7 @@ def model(mixer: Any, protocol: Protocol, width: int) -> lm.Config:
     )
 
 
-def _mixer(label: str, protocol: Protocol) -> Any:
+def _mixer(label: str, length: int) -> Any:
     name, _, rest = label.partition("(")
     if rest and not rest.endswith(")"):
         raise ConfigError(f"The mixer {label!r} is not of the form name(field=value, ...).")
@@ -69,7 +74,7 @@ def _mixer(label: str, protocol: Protocol) -> Any:
     config = load_mixer(name.strip(), fields)
     limit = "max_length"  # a state that grows with it is to hold what is tested, and no more
     if hasattr(config, limit) and not any(field.startswith(limit) for field in fields):
-        return dataclasses.replace(config, **{limit: protocol.length})
+        return dataclasses.replace(config, **{limit: length})
     return config
 
 

@@ -1,5 +1,6 @@
 """A language model is a mixer over tokens: the same contract, the same law, one level up."""
 
+import functools
 import json
 from typing import Annotated, Any, Literal
 
@@ -160,15 +161,7 @@ class LM(nnx.Module):
 
     def init_state(self, batch: int) -> State:
         """The empty state for `batch` rows."""
-        first = jax.tree.map(lambda a: a[0], self.blocks)
-        stacked = lambda n, b: jax.tree.map(
-            lambda a: jnp.broadcast_to(a, (n, *a.shape)), b.init_state(batch)
-        )
-        return (
-            *(stacked(1, block) for block in self.before),
-            *(stacked(self.config.repeats, block) for block in first),
-            *(stacked(1, block) for block in self.after),
-        )
+        return _empty(self, batch)
 
     def __call__(self, tokens: jax.Array, state: State = None, *, reset=None):
         """tokens [B, T] int, reset [B, T] bool -> logits [B, T, vocab] float32, state.
@@ -245,6 +238,20 @@ class LM(nnx.Module):
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+# op by op, every weight would be cut out of its stack, by a program of its own
+@functools.partial(jax.jit, static_argnums=1)
+def _empty(model: LM, batch: int) -> State:
+    first = jax.tree.map(lambda a: a[0], model.blocks)
+    stacked = lambda n, b: jax.tree.map(
+        lambda a: jnp.broadcast_to(a, (n, *a.shape)), b.init_state(batch)
+    )
+    return (
+        *(stacked(1, block) for block in model.before),
+        *(stacked(model.config.repeats, block) for block in first),
+        *(stacked(1, block) for block in model.after),
+    )
 
 
 def _unstacked(period, stream, blocks, states):

@@ -7,6 +7,7 @@ are kept for the gradient; scores are recomputed.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible, visible_blocks
 from seqlab.kernels.kept import kept
+from seqlab.kernels.on_tpu.tiles import LANES
 from seqlab.kernels.platforms import Forms
 from seqlab.kernels.precision import widen
 from seqlab.kernels.soft_cap import soft_cap
@@ -107,10 +109,17 @@ def in_rows(queries: tuple, G: int, rows: int) -> Queries:
     """q [B, T, H, K], position and document [B, T], for G key heads, in blocks of `rows`."""
     q, position, document = queries
     B, T, H, K = q.shape
-    R, C = H // G, min(max(rows * G // H, 1), T)
+    R, C = H // G, min(_tokens(rows, H // G), T)
     q = _blocks(q.reshape(B, T, G, R, K), C).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, G, R * C, K)
     at = jnp.stack([_blocks(position, C), _blocks(document, C, fill=-1)])
     return Queries(q, jnp.tile(at, R))
+
+
+def _tokens(rows: int, R: int) -> int:
+    """How many tokens with R heads make about so many rows; those of a large block in whole
+    registers, which TPU kernels need."""
+    unit = LANES // math.gcd(R, LANES) if rows >= LANES else 1
+    return max(rows // R // unit, 1) * unit
 
 
 def in_columns(keys: tuple, columns: int) -> Keys:

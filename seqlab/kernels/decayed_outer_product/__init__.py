@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.decayed_outer_product import pallas_gpu, pallas_tpu, xla
-from seqlab.kernels.decayed_outer_product.by_platform import by_platform
+from seqlab.kernels.decayed_outer_product import best, pallas_gpu, pallas_tpu, xla
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
 
@@ -18,7 +17,7 @@ from seqlab.kernels.recurrence import recurrence
     xla=xla.chunked,
     pallas_tpu=pallas_tpu.chunked,
     pallas_gpu=pallas_gpu.chunked,
-    best=by_platform,
+    best=best.by_platform,
     transition=xla.transition,
     apart=xla.apart,
 )

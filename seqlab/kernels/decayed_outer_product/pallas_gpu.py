@@ -23,14 +23,19 @@ def chunked(q, k, v, log_decay, reset, state, *, chunk_size=64, normaliser=False
 
 def form(tokens, size: int) -> chunk_scan.OnGPU | None:
     """The kernels, if they suit the tokens and are to be believed on the GPU at hand."""
-    usable = chunk_scan.suits(tokens, size) and trust.trusted(NAME, tokens[0].dtype)
-    return chunk_scan.OnGPU(size) if usable else None
+    return chunk_scan.OnGPU(size) if chunk_scan.usable(NAME, tokens, size) else None
 
 
 @trust.trial_of(NAME)
 def trial(dtype) -> trust.Trial:
-    """A chunk and a part of one: one decay a head with a normaliser and shared keys."""
-    q, k, v, _, log_decay, reset, state = chunk_scan.tokens_to_try(dtype)
+    """With a normaliser."""
+    q, k, v, _, log_decay, reset, state = chunk_scan.tokens_to_try(dtype, channels=False)
     state = jnp.pad(state, [(0, 0)] * 3 + [(0, 1)])
     kernel, in_xla = (functools.partial(f, normaliser=True) for f in (chunked, xla.chunked))
     return trust.Trial(kernel, in_xla, (q, k, v, log_decay, reset, state))
+
+
+@trust.trial_of(NAME + chunk_scan.OF_CHANNELS)
+def trial_of_channels(dtype) -> trust.Trial:
+    q, k, v, _, *others = chunk_scan.tokens_to_try(dtype, channels=True)
+    return trust.Trial(chunked, xla.chunked, (q, k, v, *others))

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.delta_rule import pallas_gpu, pallas_tpu, xla
-from seqlab.kernels.delta_rule.by_platform import by_platform
+from seqlab.kernels.delta_rule import best, pallas_gpu, pallas_tpu, xla
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
 
@@ -18,7 +17,7 @@ from seqlab.kernels.recurrence import recurrence
     xla=xla.chunked,
     pallas_tpu=pallas_tpu.chunked,
     pallas_gpu=pallas_gpu.chunked,
-    best=by_platform,
+    best=best.by_platform,
     transition=xla.transition,
 )
 def delta_rule(q, k, v, beta, log_decay, reset, state, *, chunk_size: int = 64):

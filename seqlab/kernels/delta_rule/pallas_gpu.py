@@ -18,11 +18,14 @@ def chunked(q, k, v, beta, log_decay, reset, state, *, chunk_size: int = 64, int
 
 def form(tokens, size: int) -> chunk_scan.OnGPU | None:
     """The kernels, if they suit the tokens and are to be believed on the GPU at hand."""
-    usable = chunk_scan.suits(tokens, size) and trust.trusted(NAME, tokens[0].dtype)
-    return chunk_scan.OnGPU(size) if usable else None
+    return chunk_scan.OnGPU(size) if chunk_scan.usable(NAME, tokens, size) else None
 
 
 @trust.trial_of(NAME)
 def trial(dtype) -> trust.Trial:
-    """One decay a head, shared keys."""
-    return trust.Trial(chunked, xla.chunked, chunk_scan.tokens_to_try(dtype))
+    return trust.Trial(chunked, xla.chunked, chunk_scan.tokens_to_try(dtype, channels=False))
+
+
+@trust.trial_of(NAME + chunk_scan.OF_CHANNELS)
+def trial_of_channels(dtype) -> trust.Trial:
+    return trust.Trial(chunked, xla.chunked, chunk_scan.tokens_to_try(dtype, channels=True))

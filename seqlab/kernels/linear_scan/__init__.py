@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.linear_scan import xla
+from seqlab.kernels.linear_scan import best, gradient, pallas_tpu
 from seqlab.kernels.linear_scan.planes import Complex
 from seqlab.kernels.precision import widen
 from seqlab.kernels.recurrence import recurrence
@@ -17,7 +17,12 @@ from seqlab.parallel.transitions import Diagonal
 __all__ = ["Complex", "linear_scan"]
 
 
-@recurrence(xla=xla.scanned, transition=xla.transition)
+@recurrence(
+    xla=gradient.scanned,
+    pallas_tpu=pallas_tpu.scanned,
+    best=best.by_platform,
+    transition=best.transition,
+)
 def linear_scan(a, b, reset, state):
     """h_t = a_t * h_{t-1} + b_t, each number for itself;  h_{t-1} = 0 where reset_t.
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqlab.errors import ModelError
-from seqlab.kernels.on_gpu import channel_decay, head_decay, states, unit_lower
+from seqlab.kernels.on_gpu import channel_decay, head_decay, states, trust, unit_lower
 from seqlab.kernels.on_gpu.chunks import Sizes
 from seqlab.kernels.on_gpu.couplings import Cotangents, Solved, couplings
 
 WIDTHS = (64, 128, 256, 512)  # of values; of keys all but the last
 LONGEST = 128  # chunks: scores of longer ones do not fit a program's registers
+OF_CHANNELS = "_of_channels"  # in `trust`, kernels with one decay a channel
 
 
 class OnGPU(NamedTuple):
@@ -100,14 +101,17 @@ class _Chunks:
 
 def suits(tokens: tuple, size: int) -> bool:
     """Whether the kernels can run q, k, v, ...: of what they cannot, XLA makes its own."""
-    q, k, v, *_, log_decay, _ = tokens
+    q, k, v = tokens[:3]
     widths = q.shape[3] in WIDTHS[:-1] and v.shape[3] in WIDTHS
-    return (
-        log_decay.shape[3] == 1
-        and widths
-        and size <= LONGEST
-        and q.dtype == k.dtype == v.dtype != jnp.float16
-    )
+    alike = q.dtype == k.dtype == v.dtype != jnp.float16
+    return alike and widths and size <= LONGEST
+
+
+def usable(name: str, tokens: tuple, size: int) -> bool:
+    """Whether they suit, and are to be believed on the GPU at hand (see `trust`)."""
+    kernels, dtype = name + (OF_CHANNELS if tokens[-2].shape[3] > 1 else ""), tokens[0].dtype
+    tried = jnp.dtype(dtype).name in trust.DTYPES.get(kernels, ())
+    return suits(tokens, size) and tried and trust.trusted(kernels, dtype)
 
 
 def require(name: str, tokens: tuple, size: int) -> None:
@@ -122,13 +126,13 @@ def require(name: str, tokens: tuple, size: int) -> None:
         )
 
 
-def tokens_to_try(dtype):
+def tokens_to_try(dtype, channels: bool):
     """q, k, v, beta, log_decay, reset, state: a chunk and a part of one, of two heads that share
     their keys, with documents and gates that wipe out everything."""
     rng, (B, T, H, K) = np.random.default_rng(0), (1, 96, 2, 64)
     q, k, v = (rng.normal(size=(B, T, heads, K)) for heads in (1, 1, H))
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    weak = -0.3 * rng.exponential(size=(B, T, H, 1))
+    weak = -0.3 * rng.exponential(size=(B, T, H, K if channels else 1))
     gates = 2 * rng.random((B, T, H)), np.where(rng.random(weak.shape) < 0.1, -80.0, weak)
     wide = jnp.promote_types(dtype, jnp.float32)
     few = [jnp.asarray(a, dtype) for a in (q, k, v)]

@@ -63,24 +63,27 @@ class Sizes(NamedTuple):
         return made.unflatten(results)
 
 
-def loop(times: int, body: Callable, start):
+def loop(times: Any, body: Callable, start):
     """body(i, found), from `start` on; i is int32 wherever float64 is the default too."""
     return lax.fori_loop(jnp.int32(0), jnp.int32(times), body, start)
 
 
-def place(sizes: Sizes, heads: int | None = None) -> "Place":
-    """Of a program in a grid of (pieces, chunks, rows x heads)."""
-    heads = sizes.H if heads is None else heads
-    row_and_head = pl.program_id(2)
-    b, h = lax.div(row_and_head, jnp.int32(heads)), lax.rem(row_and_head, jnp.int32(heads))
-    return Place(sizes.size, sizes.H, b, h, pl.program_id(1))
+def place(sizes: Sizes, heads: int | None = None, size: int | None = None) -> "Place":
+    """Of a program in a grid of (pieces, chunks, rows x heads), of all heads and whole chunks if
+    not said otherwise."""
+    row_and_head = pl.program_id(2), jnp.int32(sizes.H if heads is None else heads)
+    b, h = lax.div(*row_and_head), lax.rem(*row_and_head)
+    size = sizes.size if size is None else size
+    return Place(size, sizes.H, sizes.tokens, b, h, pl.program_id(1))
 
 
 class Place(NamedTuple):
-    """Chunk n of head h of all `heads`, in row b; a chunk has `size` tokens."""
+    """Chunk n of head h of all `heads`, in row b; a chunk has `size` tokens, as have its blocks
+    where they are meant, and all chunks `all_tokens`."""
 
     size: int
     heads: int
+    all_tokens: int
     b: Any
     h: Any
     n: Any
@@ -102,15 +105,13 @@ class Place(NamedTuple):
     def put_numbers(self, ref, a):
         ref[self.b, self.h, self.chunk] = a.astype(ref.dtype)
 
-    def some_numbers(self, ref, first: int, count: int):
-        return ref[self.b, self.h, pl.ds(self.n * self.size + first, count)]
+    def block(self, ref, column):
+        """Of a square, cut in blocks of these tokens: one of their rows."""
+        return ref[self.b, self.h, self.chunk, pl.ds(column * self.size, self.size)]
 
-    def block(self, ref, i: int, j: int, size: int):
-        """Of a square of blocks."""
-        return ref[(self.b, self.h, *self._block(i, j, size))]
-
-    def put_block(self, ref, a, i: int, j: int):
-        ref[(self.b, self.h, *self._block(i, j, len(a)))] = a.astype(ref.dtype)
+    def put_block(self, ref, a, column):
+        block = pl.ds(column * self.size, self.size)
+        ref[self.b, self.h, self.chunk, block] = a.astype(ref.dtype)
 
     def square(self, ref):
         return ref[self.b, self.h, self.chunk, :]
@@ -122,8 +123,8 @@ class Place(NamedTuple):
         """Decays of rows of a state [B, H, N, K]: [rows]"""
         return ref[self.b, self.h, self.n, pl.ds(row, ref.shape[3] if rows is None else rows)]
 
-    def put_whole(self, ref, a):
-        ref[self.b, self.h, self.n, :] = a.astype(ref.dtype)
+    def put_whole(self, ref, a, row: Any = 0):
+        ref[self.b, self.h, self.n, pl.ds(row, len(a))] = a.astype(ref.dtype)
 
     def state(self, ref, row, rows: int, column, columns: int):
         return ref[self.n, self.b, self.h, pl.ds(row, rows), pl.ds(column, columns)]
@@ -143,16 +144,13 @@ class Place(NamedTuple):
     def chunk(self):
         return pl.ds(self.n * self.size, self.size)
 
-    def _block(self, i, j, size: int):
-        return pl.ds(self.n * self.size + i * size, size), pl.ds(j * size, size)
-
     def _head(self, ref, rank: int):
         return (self.h,) if len(ref.shape) == rank else ()
 
     def _tokens(self, ref, column, width: int):
         head = lax.div(self.h, jnp.int32(self.heads // ref.shape[2]))
         at = ref.at[self.b, self.chunk, head, pl.ds(column, width)]
-        if ref.shape[1] % self.size == 0:
+        if ref.shape[1] == self.all_tokens:
             return at, None
         token = self.n * self.size + lax.broadcasted_iota(jnp.int32, (self.size, width), 0)
         return at, token < ref.shape[1]

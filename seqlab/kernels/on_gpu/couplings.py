@@ -19,11 +19,13 @@ from seqlab.kernels.on_tpu.tiles import places, rows_by_rows
 
 class Prepared(NamedTuple):
     """What decays make of tokens: for the scan, and for the delta rule what keys have in common
-    (squares, decayed, below the diagonal) and what they read a state with (tokens, for `start`)."""
+    (squares, decayed, below the diagonal) and what they read a state with (tokens, for `start`);
+    beside it the queries and keys themselves."""
 
     operands: Operands
     overlaps: Any
     reading: Any
+    queries_and_keys: tuple
 
 
 class Cotangents(NamedTuple):

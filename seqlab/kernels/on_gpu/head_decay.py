@@ -35,7 +35,7 @@ def prepared(sizes: Sizes, q, k, log_decay, documents, erases: bool) -> Prepared
         sizes=sizes,
     )
     overlaps = found.pop("overlaps")
-    return Prepared(Operands(q, k, **found), overlaps, k)
+    return Prepared(Operands(q, k, **found), overlaps, k, (q, k))
 
 
 def head_scores(x, out, sizes: Sizes):

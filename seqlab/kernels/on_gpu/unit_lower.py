@@ -33,18 +33,19 @@ def inverse(sizes: Sizes, overlaps, beta):
 
 
 def chunk_inverse(x, out, sizes: Sizes):
-    at, last = place(sizes), sizes.size // BLOCK
+    first, last = place(sizes, size=BLOCK), sizes.size // BLOCK
     nothing = jnp.zeros((BLOCK, BLOCK), out["inverse"].dtype)
     X: dict[tuple[int, int], Any] = {}
     for a in range(last):
-        beta = at.some_numbers(x["beta"], a * BLOCK, BLOCK)[:, None]
-        M = [beta * at.block(x["overlaps"], a, c, BLOCK) for c in range(a + 1)]
+        at = first._replace(n=first.n * last + a)
+        beta = at.numbers(x["beta"])[:, None]
+        M = [beta * at.block(x["overlaps"], c) for c in range(a + 1)]
         X[a, a] = inverse_on_tile(M[a])
         for c in range(a):
             known = sum((product(M[b], X[b, c]) for b in range(c + 1, a)), product(M[c], X[c, c]))
             X[a, c] = -product(X[a, a], known)
         for c in range(last):
-            at.put_block(out["inverse"], X.get((a, c), nothing), a, c)
+            at.put_block(out["inverse"], X.get((a, c), nothing), c)
 
 
 def corrections(sizes: Sizes, T, beta, start, v, reading, entering):

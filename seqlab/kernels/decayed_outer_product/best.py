@@ -1,4 +1,4 @@
-"""The fastest form for the platform that a program is lowered for, all under one gradient."""
+"""What `implementation` None means: a form for each platform, under one gradient."""
 
 from seqlab.kernels import platforms
 from seqlab.kernels.decay import chunk_length
@@ -7,8 +7,11 @@ from seqlab.kernels.precision import widen
 
 
 def by_platform(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser=False):
-    """The kernels where it is lowered for a TPU or a GPU, if they suit, and `xla` elsewhere."""
+    """The definition's arguments and results: kernels where they suit, and `xla` elsewhere."""
     tokens, size = (q, k, v, widen(log_decay), reset), chunk_length(q, chunk_size)
-    on_tpu = pallas_tpu.form(tokens, state, size, normaliser)
-    forms = platforms.Forms(xla.form(size, normaliser), on_tpu, pallas_gpu.form(tokens, size))
+    forms = platforms.Forms(
+        xla.form(size, normaliser),
+        tpu=pallas_tpu.form(tokens, state, size, normaliser),
+        gpu=pallas_gpu.form(tokens, size),
+    )
     return platforms.scan(forms, tokens, state)

@@ -1,0 +1,62 @@
+"""Whole models beside transformers' in reading a prompt and in decoding after it.
+
+    python -m benchmarks.inference [NAME ...]
+
+Six layers of width 512, one row, a prompt of 2,048 tokens, float32 on the CPU, in turns. Raced are
+those that transformers reads faster than token by token, and decodes without packages of kernels.
+"""
+
+import sys
+
+import torch
+
+import benchmarks.record as record
+from benchmarks import aims, published
+from seqlab.bench import timing
+from seqlab.infer.session import Session
+
+NAMES, LAYERS, LENGTH, ROUNDS = ("llama", "mamba2"), 6, 2048, 5
+
+
+def main(names: list[str]) -> int:
+    rows = [row for name in names or NAMES for row in measure(name, LAYERS, LENGTH)]
+    if not rows:
+        return 1
+    return record.record("inference", rows, [record.claim(row) for row in rows])
+
+
+def measure(name: str, layers: int, length: int) -> list[dict]:
+    pair = published.pair(name, layers, 2 * length)
+    if pair is None:
+        return []
+    ours, theirs = our(pair.ours, length), their(pair.theirs, length)
+    rounds = {aims.PREFILL: ROUNDS, aims.DECODE: 40}
+    return [
+        record.raced(name, "transformers", w, length, ours[w], theirs[w], rounds[w]) for w in ours
+    ]
+
+
+def our(model, length: int) -> dict[str, timing.Work]:
+    """Reading a prompt, and published.STEPS of decoding after one."""
+    ids = published.tokens(1, length)[:, :-1]
+    session = Session(model, block=published.STEPS)
+    session.feed(ids)
+
+    def prefill() -> None:
+        Session(model).feed(ids)
+
+    return {aims.PREFILL: prefill, aims.DECODE: lambda: session.complete(published.STEPS)}
+
+
+def their(model, length: int) -> dict[str, timing.Work]:
+    ids = torch.from_numpy(published.tokens(1, length)[:, :-1]).long()
+
+    def prefill() -> None:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=True)
+
+    return {aims.PREFILL: prefill, aims.DECODE: published.their_decoding(model, ids)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,17 @@
+"""What `implementation` None means: a form for each platform, under one gradient."""
+
+from seqlab.kernels import platforms
+from seqlab.kernels.decay import chunk_length
+from seqlab.kernels.delta_rule import pallas_gpu, pallas_tpu, xla
+from seqlab.kernels.precision import widen
+
+
+def by_platform(q, k, v, beta, log_decay, reset, state, *, chunk_size: int = 64):
+    """The definition's arguments and results: kernels where they suit, and `xla` elsewhere."""
+    tokens, size = (q, k, v, widen(beta), widen(log_decay), reset), chunk_length(q, chunk_size)
+    forms = platforms.Forms(
+        xla.form(size),
+        tpu=pallas_tpu.form(tokens, state, size),
+        gpu=pallas_gpu.form(tokens, size),
+    )
+    return platforms.scan(forms, tokens, state)
