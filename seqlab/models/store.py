@@ -292,5 +292,6 @@ def _weights(path: pathlib.Path, skeleton: lm.LM) -> dict[str, jax.Array]:
                 f"{path}: {name} is {array.dtype}{list(array.shape)} and "
                 f"{wanted.dtype}{list(wanted.shape)} in its config: they are of two models."
             )
-        arrays[name] = jnp.asarray(placed(np.array(array), named[name]))
+        own = tensors.own([array], array.dtype)[0, ...]  # the file may change under a mapped one
+        arrays[name] = placed(jax.device_put(own), named[name])
     return arrays
