@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks import aims
 from seqlab.bench import machine, timing
 from seqlab.bench import record as figures
 from seqlab.bench.timing import Work
 
+WIDEST = 10_000  # columns of a terminal that has room for every table
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -58,7 +60,7 @@ def raced(
 def record(name: str, rows: list[dict[str, Any]], claims: list[Claim]) -> int:
     """Print the rows and the claims, write results/NAME.json; 0 if every claim holds, else 1."""
     console = Console()
-    console.print(figures.table(name, rows))
+    console.print(_fitting(console, name, rows))
     for claim in claims:
         verdict = "[green]pass[/]" if claim.holds else "[red]FAIL[/]"
         console.print(f"{verdict}  {claim.says}: {claim.number}")
@@ -67,3 +69,14 @@ def record(name: str, rows: list[dict[str, Any]], claims: list[Claim]) -> int:
     verdicts = [claim._asdict() for claim in claims]
     figures.save(RESULTS, name, figures.head(command) | {"rows": rows, "claims": verdicts})
     return 0 if all(claim.holds for claim in claims) else 1
+
+
+def _fitting(console: Console, name: str, rows: list[dict[str, Any]]) -> Table:
+    """The rows as columns where they are too wide."""
+    table = figures.table(name, rows)
+    if Console(width=WIDEST).measure(table).maximum <= console.width:
+        return table
+    first, *others = (key for key in rows[0] if not key.endswith(timing.SPREAD))
+    return figures.table(
+        name, [{first: key} | {str(row[first]): row[key] for row in rows} for key in others]
+    )

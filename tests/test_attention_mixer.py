@@ -65,9 +65,9 @@ MIXERS = {
 
 @functools.cache
 def build(config):
-    mixer = config.build(D, rngs=nnx.Rngs(0))
-    noise = lambda path, a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype)
-    return jax.tree_util.tree_map_with_path(noise, mixer)  # biases and norms off their start
+    mixer = jax.jit(lambda: config.build(D, rngs=nnx.Rngs(0)))()
+    normal = lambda a: np.random.default_rng(a.size).normal(size=a.shape).astype(a.dtype)
+    return jax.tree.map(lambda a: a + 0.3 * normal(a), mixer)  # biases and norms off their start
 
 
 def inputs(seed=0, resets=3):

@@ -22,11 +22,11 @@ from seqlab.layers.linear import Linear
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.mixers import gated_delta_net, gla, mla
 from seqlab.models import lm
-from seqlab.models.parameters import axes, bind, parameters
+from seqlab.models.parameters import axes, parameters
 from seqlab.parallel.mesh import use_mesh, weight_shardings
 from seqlab.train.config import Optimizer
 from seqlab.train.corpus import Batch
-from seqlab.train.step import loss, make_step
+from seqlab.train.step import make_step
 
 B, T, K, N = 2, 7, 24, 40
 CONFIG = lm.Config(
@@ -172,8 +172,7 @@ def test_forty_steps_of_training_lower_the_loss():
         params, state, metrics = step(params, state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[0] > 3 and losses[-1] < 0.3 * losses[0], losses[::8]
-    total = loss(bind(model, params), batch)
-    assert np.isfinite(total.nats)
+    assert all(np.isfinite(array).all() for array in params.values())
 
 
 def test_a_kind_is_one_word_in_a_config_and_an_object_in_a_file():

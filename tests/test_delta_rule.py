@@ -82,8 +82,8 @@ def test_documents_exchange_exactly_nothing(channels):
 @KINDS
 def test_the_transition_is_what_the_definition_does_to_a_state(channels):
     *stretch, state = tokens(channels, resets=0.0)
-    _, after = delta_rule(*stretch, state, implementation="reference")
-    transition = delta_rule.transition(*stretch, chunk_size=CHUNK)
+    _, after = jax.jit(functools.partial(delta_rule, implementation="reference"))(*stretch, state)
+    transition = jax.jit(functools.partial(delta_rule.transition, chunk_size=CHUNK))(*stretch)
     assert_close(transition(state), after)
 
 

@@ -108,11 +108,16 @@ COMMANDS = [
 
 @pytest.mark.parametrize("arguments", COMMANDS)
 def test_every_documented_command_is_understood(arguments):
-    group = typer.main.get_command(cli.app)
-    with group.make_context("seqlab", list(arguments)) as context:
-        rest = [*context._protected_args, *context.args]
-        name, command, rest = group.resolve_command(context, rest)
-        command.make_context(name, rest, parent=context)
+    understood(typer.main.get_command(cli.app), "seqlab", list(arguments))
+
+
+def understood(command, name: str, arguments: list[str], parent=None) -> None:
+    """Parses the arguments of a command, or of a group and of the command of it that they name."""
+    with command.make_context(name, arguments, parent=parent) as context:
+        if hasattr(command, "resolve_command"):
+            rest = [*context._protected_args, *context.args]
+            name, inner, rest = command.resolve_command(context, rest)
+            understood(inner, name, rest, context)
 
 
 def test_the_status_table_is_that_of_the_code():

@@ -88,13 +88,14 @@ def test_a_preset_is_what_its_paper_defines_at_once_and_token_by_token(name):
     with jax.enable_x64(True):
         mixer, definition = build(CASES[name]), getattr(papers, name)
         x, reset = inputs()
-        run = lambda way: jax.jit(way)(mixer, x, wide(mixer.init_state(B)), reset)
-        at_once = run(whole)
+        ways = lambda *given: (whole(*given), step_by_step(*given))
+        state = jax.jit(lambda mixer: wide(mixer.init_state(B)))(mixer)
+        at_once, by_token = jax.jit(ways)(mixer, x, state, reset)
         for row in range(B):
             for part in np.split(np.arange(T), reset[row].nonzero()[0]):
                 y = definition(document(mixer, x[row, part])).reshape(len(part), -1)
                 assert_close(at_once.y[row, part], y @ f8(mixer.out.weight))
-        assert_close(run(step_by_step), at_once)
+        assert_close(by_token, at_once)
 
 
 def taught(mixer, teacher):

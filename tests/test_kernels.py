@@ -92,9 +92,10 @@ def test_documents_exchange_exactly_nothing(channels):
 @pytest.mark.parametrize("channels", [1, K])
 def test_the_transition_is_what_the_definition_does_to_a_state(channels):
     *stretch, state = tokens(50, channels, resets=0.0)
-    _, after = decayed_outer_product(*stretch, state, implementation="reference")
-    transition = decayed_outer_product.transition(*stretch, chunk_size=16)
-    assert_close(transition(state), after)
+    definition = functools.partial(decayed_outer_product, implementation="reference")
+    transition = functools.partial(decayed_outer_product.transition, chunk_size=16)
+    _, after = jax.jit(definition)(*stretch, state)
+    assert_close(jax.jit(transition)(*stretch)(state), after)
 
 
 @pytest.mark.parametrize("strategy", ["all_gather", "all_scan"])

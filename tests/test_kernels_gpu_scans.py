@@ -70,9 +70,9 @@ def test_kernels_equal_the_definition(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_bfloat16_kernels_keep_the_dtypes_of_the_form_in_xla(name):
-    kernel, xla, args = trust.TRIALS[name](jnp.bfloat16)
+    kernel, xla, args, read = trust.TRIALS[name](jnp.bfloat16)
     kernel = functools.partial(kernel, interpret=True)
-    actual, expected = (trust.values_and_gradients(run, args) for run in (kernel, xla))
+    actual, expected = (trust.values_and_gradients(f, args, read) for f in (kernel, xla))
     dtypes = lambda tree: [a.dtype for a in jax.tree.leaves(tree)]
     assert dtypes(actual) == dtypes(expected)
     assert_close(actual[0], expected[0], {**GRADIENT, "float32": GRADIENT["bfloat16"]})

@@ -23,10 +23,10 @@ ENVIRONMENT = {
 CONFIG = """
 import pathlib
 from tests.runs import tiny
-from seqlab.layers.mixers import gla
+from seqlab.layers.mixers import min_gru
 from seqlab.models import lm
 from seqlab.train.config import Checkpoint
-model = lm.Config(vocab=257, d_model=16, pattern=(gla.Config(heads=2, chunk_size=16),), ffn=None)
+model = lm.Config(vocab=257, d_model=16, pattern=(min_gru.Config(),), ffn=None)
 fields = dict(model=model, steps=8, evaluate_every=0, checkpoint=Checkpoint(every=2, keep=9))
 config = tiny(pathlib.Path({texts!r}), **fields)
 """

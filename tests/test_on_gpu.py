@@ -12,17 +12,12 @@ import pytest
 
 from seqlab.conformance.tolerance import FORWARD, GRADIENT, allowed, worst
 from seqlab.kernels import families
-from seqlab.kernels.fused_rnn import cells
 from seqlab.kernels.on_gpu import chunk_scan, trust
 from seqlab.kernels.recurrence import RECURRENCES
 from seqlab.kernels.ternary_matmul import ternary_matmul
 
 families.enter_all()
 
-OPTIONS = {
-    "fused_rnn": {"cell": cells.slstm},
-    "decayed_outer_product": {"normaliser": True},
-}
 EVERY = [(name, dtype) for name, dtypes in trust.DTYPES.items() for dtype in dtypes]
 
 
@@ -32,15 +27,17 @@ def gpu():
         pytest.skip("there is no NVIDIA GPU here, or JAX has no plugin for it")
 
 
-def expected(name: str, args):
-    """Results and gradients of the definition."""
-    run = {**RECURRENCES, "ternary_matmul": ternary_matmul}[
-        name.removesuffix(chunk_scan.OF_CHANNELS)
-    ]
-    definition = functools.partial(run, implementation="reference", **OPTIONS.get(name, {}))
+def expected(name: str, trial: trust.Trial):
+    """Results and gradients of the definition, with the options of the form in XLA."""
+    family = name.removesuffix(chunk_scan.OF_CHANNELS)
+    run, options = {**RECURRENCES, "ternary_matmul": ternary_matmul}[family], {}
+    if isinstance(trial.xla, functools.partial):
+        options = trial.xla.keywords
+    definition = functools.partial(run, implementation="reference", **options)
     wide = lambda a: np.asarray(a, np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    args = jax.tree.map(wide, trial.args)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        found = trust.values_and_gradients(definition, jax.tree.map(wide, args))
+        found = trust.values_and_gradients(definition, args, trial.read)
         return jax.tree.map(np.asarray, found)
 
 
@@ -48,8 +45,8 @@ def expected(name: str, args):
 @pytest.mark.parametrize("name, dtype", EVERY)
 def test_a_kernel_equals_the_definition(name, dtype):
     trial = trust.TRIALS[name](jnp.dtype(dtype))
-    actual = trust.values_and_gradients(trial.kernel, trial.args)
-    away = map(worst, actual, expected(name, trial.args))
+    actual = trust.values_and_gradients(trial.kernel, trial.args, trial.read)
+    away = map(worst, actual, expected(name, trial))
     for (wrong, path), table in zip(away, (FORWARD, GRADIENT), strict=True):
         assert wrong <= allowed(dtype, table), f"{path}: error {wrong:.1e}"
 

@@ -2,6 +2,7 @@
 one call, prompts read in chunks and read twice, and the objective that goes with it."""
 
 import contextlib
+import functools
 import json
 
 import jax
@@ -36,8 +37,9 @@ LENGTH = 24
 STARTS = [[], [2, 11, 12, 21], [6]]  # where documents start, in three rows
 
 
+@functools.cache
 def build():
-    return MIXER.build(D, rngs=nnx.Rngs(0))
+    return jax.jit(lambda: MIXER.build(D, rngs=nnx.Rngs(0)))()
 
 
 def inputs():
@@ -106,7 +108,7 @@ def test_a_prefix_is_seen_whole_by_its_document_and_by_no_other():
 def test_a_cut_inside_a_prefix_is_refused_where_it_can_be_known():
     x, _ = map(jnp.asarray, inputs())
     mixer = build()
-    _, state = mixer(x[:, :3])
+    _, state = jax.jit(mixer.__call__)(x[:, :3])
     with pytest.raises(ModelError, match=r"stands at token 3 of a prefix of 5 .* in one call"):
         mixer(x[:, 3:9], state)
     mixer(x[:, 3:9], state, reset=jnp.arange(6) < jnp.ones((3, 1)))
@@ -131,9 +133,8 @@ def test_a_cut_inside_a_prefix_is_nan_where_it_cannot_be_known_until_the_documen
 
 @pytest.fixture(scope="module")
 def model():
-    return lm.Config(vocab=VOCAB, d_model=D, pattern=(MIXER,), repeats=2, ffn=None).build(
-        rngs=nnx.Rngs(0)
-    )
+    config = lm.Config(vocab=VOCAB, d_model=D, pattern=(MIXER,), repeats=2, ffn=None)
+    return jax.jit(lambda: config.build(rngs=nnx.Rngs(0)))()
 
 
 ROWS = [np.arange(n) * 7 % 256 for n in (19, 9, PREFIX)]

@@ -104,8 +104,8 @@ def code(tmp_path):
     return Text(files=(str(tmp_path / "code.py"),))
 
 
-def written(code, file, gap):
-    recall.write(file, code, documents=5, length=600, gap=gap, seed=3)
+def written(code, file, gap, **options):
+    recall.write(file, code, documents=5, length=600, gap=gap, seed=3, **options)
     documents = list(Documents(Jsonl(files=(str(file),))))
     assert [len(text) for text in documents] == [600] * 5 and len(set(documents)) == 5
     return documents
@@ -115,6 +115,18 @@ def test_what_is_written_says_the_same_value_of_a_name_all_through_a_document(tm
     for text in written(code, tmp_path / "scattered.jsonl", 20):
         lines = re.findall(r"\n([a-z]{4}) = (\d\d)\n", text)
         assert len(set(lines)) == len(dict(lines)) <= recall.PAIRS < len(lines)
+
+
+def test_far_lines_come_twice_with_a_stretch_in_the_middle(tmp_path, code):
+    stretches = []
+    for text in written(code, tmp_path / "far.jsonl", 4, far=True):
+        lines = list(re.finditer(r"\n([a-z]{4} = \d\d)\n", text))
+        for at in range(0, len(lines) - 2 * recall.PAIRS + 1, 2 * recall.PAIRS):
+            table = lines[at : at + 2 * recall.PAIRS]
+            first, again = table[: recall.PAIRS], table[recall.PAIRS :]
+            assert {line[1] for line in first} == {line[1] for line in again}
+            stretches.append(again[0].start() - first[-1].end())
+    assert min(stretches) < 32 < 128 < max(stretches)
 
 
 def test_without_a_gap_a_short_piece_is_written_over_and_over(tmp_path, code):

@@ -105,7 +105,7 @@ def expected(devices):
         return jax.tree.map(np.asarray, value_and_gradients(shard_by_shard)(*tokens(devices)))
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [2, 8])
 @pytest.mark.parametrize("strategy", WAYS)
 def test_every_strategy_equals_token_after_token(strategy, devices):
     options = WAYS[strategy] | ({"hops": devices - 1} if strategy == "window" else {})

@@ -78,7 +78,7 @@ class Draw:
 def implementations(family: str) -> list[str]:
     """The names of a family's forms, the definition first."""
     forms = {
-        "attention": softmax.IMPLEMENTATIONS,
+        "attention": softmax.NAMED,
         "ternary_matmul": ternary.IMPLEMENTATIONS,
     }
     return list(forms.get(family) or RECURRENCES[family].implementations)

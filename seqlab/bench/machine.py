@@ -12,7 +12,8 @@ from seqlab.doctor import version
 from seqlab.errors import ConfigError, nearest
 from seqlab.train import readable
 
-DEVICES = ("cpu", "gpu", "tpu")
+#: JAX's platforms for a kind of device; with the CPU behind it, since a missing GPU is no error.
+DEVICES = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 PACKAGES = ("jax", "jaxlib", "numpy")
 BESIDE = ("torch", "transformers")  # of peers, where they are installed
 
@@ -24,13 +25,14 @@ def take(device: str | None) -> None:
         return
     if device not in DEVICES:
         raise ConfigError(f"There is no kind of device {device!r}: {nearest(device, DEVICES)}")
-    jax.config.update("jax_platforms", device)
+    before = jax.config.jax_platforms  # pyright: ignore
+    jax.config.update("jax_platforms", DEVICES[device])
     try:
         found = jax.default_backend()
     except RuntimeError:
         found = "none"
     if found != device:
-        jax.config.update("jax_platforms", None)
+        jax.config.update("jax_platforms", before)
         raise ConfigError(f"This machine has no {device} that JAX can use: see `seqlab doctor`.")
 
 

@@ -19,6 +19,8 @@ from seqlab.train.charts import DPI, THEMES, Theme, canvas, legend, write
 WIDTH = 10.4  # inches, of every picture
 HEIGHT = 3.4  # of a panel
 LINE = 0.36  # of a row of points
+MOST = 4  # panels side by side
+NAMES = 0.18  # of the width of a picture, for the names of lines
 STATE = "state bytes"
 
 #: Where the axes have marks: at powers of 4, and at 1, 2, 5, 10, 20 ...
@@ -57,12 +59,12 @@ def train(folder: pathlib.Path, name: str, rows: Sequence[Row]) -> None:
 
 def prefill(folder: pathlib.Path, name: str, rows: Sequence[Row]) -> None:
     """Tokens a second by the length of the prompt, a panel for each batch."""
-    _by_context(folder, name, rows, "tokens/s", "tokens per second", readable.count)
+    _by_context(folder, name, rows, "tokens/s", "tokens per second", shown)
 
 
 def decode(folder: pathlib.Path, name: str, rows: Sequence[Row]) -> None:
     """Microseconds a step by the context, a panel for each batch, and bytes of state."""
-    _by_context(folder, name, rows, "us a step", "microseconds a step", readable.count)
+    _by_context(folder, name, rows, "us a step", "microseconds a step", shown)
     one = [row for row in rows if row["batch"] == rows[0]["batch"]]
     _by_context(folder, f"{name}_state", one, STATE, "state of one sequence", readable.size)
 
@@ -76,19 +78,26 @@ def _by_context(
     text: Callable[[float], str],
 ) -> None:
     """A line for each model, from context to context, with a bar from quartile to quartile."""
-    batches = sorted({row["batch"] for row in rows})
+    batches = sorted({row["batch"] for row in rows})[:MOST]
     for theme in THEMES:
         drawn = Figure((WIDTH, HEIGHT), dpi=DPI, layout="constrained", facecolor=theme.paper)
         panels = drawn.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+        ends = []
         for axes, batch in zip(panels, batches, strict=True):
             of = [row for row in rows if row["batch"] == batch]
-            _panel(axes, theme, of, figure, unit + f", batch {batch}" * (figure != STATE))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: text(y)))
+            title = unit + f", batch {batch}" * (figure != STATE)
+            ends.append(_panel(axes, theme, of, figure, title, NAMES * len(batches)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: text(float(y))))
             axes.yaxis.set_major_locator(BYTES if figure == STATE else NUMBERS)
+        for axes, names in zip(panels, ends, strict=True):  # the panels' common scale is final
+            labels.column(axes, names)
         write(folder, name, theme, drawn)
 
 
-def _panel(axes: Axes, theme: Theme, rows: Sequence[Row], figure: str, title: str) -> None:
+def _panel(
+    axes: Axes, theme: Theme, rows: Sequence[Row], figure: str, title: str, names: float
+) -> list[Label]:
+    """Draws lines; a part of the width, on the right, is left for the names that are returned."""
     _plain(axes, theme)
     axes.set_title(title, color=theme.ink, fontsize=10, weight="bold", loc="left")
     axes.set_xlabel("tokens of context", color=theme.muted, fontsize=9)
@@ -96,7 +105,8 @@ def _panel(axes: Axes, theme: Theme, rows: Sequence[Row], figure: str, title: st
     axes.set_yscale("log")
     axes.grid(axis="y", color=theme.grid, lw=0.9)
     contexts = sorted({row["context"] for row in rows})
-    axes.set_xlim(contexts[0] / 1.3, contexts[-1] * max(2.0, contexts[-1] / contexts[0]) ** 0.75)
+    wide = max(2.0, contexts[-1] / contexts[0])
+    axes.set_xlim(contexts[0] / 1.3, contexts[-1] * wide ** (names / (1 - names)))
     axes.set_xticks(contexts, [_tokens(n) for n in contexts])
     axes.yaxis.set_minor_locator(NullLocator())
     ends = []
@@ -108,7 +118,7 @@ def _panel(axes: Axes, theme: Theme, rows: Sequence[Row], figure: str, title: st
         if figure + SPREAD in of[0]:
             axes.vlines(xs, *np.transpose([row[figure + SPREAD] for row in of]), color=colour, lw=2)
         ends.append(Label(model, xs[-1], ys[-1], colour))
-    labels.column(axes, ends)
+    return ends
 
 
 def _bars(theme: Theme, title: str, along: str, names: Sequence[str]) -> tuple[Figure, Axes]:

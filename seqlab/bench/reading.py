@@ -13,6 +13,7 @@ from seqlab.bench.contestants import gather, size_of
 from seqlab.bench.models import SOFTMAX, Entry, Size
 from seqlab.bench.record import Row
 from seqlab.bench.timing import Laps, Work, figure, race, ratio, spread
+from seqlab.errors import ModelError
 from seqlab.infer import decode as programs
 from seqlab.infer.decode import Carry
 from seqlab.infer.sample import GREEDY, row_keys
@@ -65,7 +66,9 @@ def steps(config: lm.Config, size: Size) -> Reader:
 
     def work() -> object:
         held[0], done = program(params, held[0], *rest)
-        return jax.block_until_ready(done)
+        if int(done.counts.min()) < STEPS:  # past its room a model says NaN, and stops
+            raise ModelError(f"A context of {size.T} is too short: raise T, or lower --rounds.")
+        return done
 
     passes = 1 if skeleton.max_length else 2  # keys and values are read; a memory is written too
     return Reader(work, size_of(state) // size.B, size_of(params) + passes * size_of(state))

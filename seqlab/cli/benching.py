@@ -122,5 +122,6 @@ def decode(
 def _command() -> str:
     """This command as it was given, but for the folder."""
     words = iter(sys.argv[1:])
-    kept = [word for word in words if word != "--out" or not next(words)]
+    kept = [word for word in words if not (word == "--out" and next(words))]
+    kept = [word for word in kept if not word.startswith("--out=")]
     return shlex.join(["seqlab", *kept])

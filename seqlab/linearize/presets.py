@@ -54,9 +54,9 @@ def liger_mamba2(teacher: attention.Config, **fields: Any) -> hybrid_attention.C
 
 def lizard(teacher: attention.Config, **fields: Any) -> hybrid_attention.Config:
     """Lizard (Nguyen et al., 2025): a gate for each token, four learned scores beside the window's,
-    and no positions. What the paper leaves open is as in LoLCATs; gates start near 0.95, not 0.5.
-    """
-    memory = Memory(_hedgehog(teacher), decay="token", decay_bias=3.0, norm="own", chunk_size=64)
+    and no positions. What the paper leaves open is as in LoLCATs, but gates start at 0.9975, not
+    0.5: a memory that forgets sooner than the window ends has nothing to learn from."""
+    memory = Memory(_hedgehog(teacher), decay="token", decay_bias=6.0, norm="own", chunk_size=64)
     ours = {"window": 128, "window_rope": False, "sink_logits": 4, "mix": "alpha", "memory": memory}
     return _hybrid(teacher, ours | fields)
 

@@ -6,6 +6,7 @@ What a softmax layer still sees and a window does not. `write` makes text to lea
 
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -54,17 +55,20 @@ def write(
     documents: int,
     length: int,
     gap: int | None,
+    far: bool = False,
     seed: int = 0,
 ) -> None:
     """JSON lines for `train.sources.Jsonl`: the text of `source` with lines of `pairs` in it.
 
     A document has `length` ASCII characters and one table of pairs, whose lines come once each and
     then at random, so that all values but the first of each can be told. Between two of them are 0
-    to 2 g characters, g being drawn from 0 to `gap` for each document. With gap None a document is
-    one short piece over and over, text and lines: of almost every token a model then learns that it
-    can be copied, which it finds out sooner than recall, and needs for it. Pieces differ in length,
-    or it would learn to look back so many tokens. The file is the same for the same arguments, and
-    stays as it is where it is there already.
+    to 2 g characters, g being drawn from 0 to `gap` for each document. With `far` it has one table
+    after the other, whose lines come twice each, with a stretch of text in the middle that has as
+    often 8 to 16 characters as 512 to 1024, up to `length`: of every distance there is something to
+    learn from. With gap None a document is one short piece over and over, text and lines: of almost
+    every token a model then learns that it can be copied, which it finds out sooner than recall,
+    and needs for it. Pieces differ in length, or it would learn to look back so many tokens. The
+    file is the same for the same arguments, and stays as it is where it is there already.
     """
     path = pathlib.Path(path)
     if path.exists():
@@ -75,7 +79,8 @@ def write(
             f"Source {source.name!r} has {len(filler)} ASCII characters, too few to put around "
             f"recall lines in documents of {length}: give more text."
         )
-    one = _copies if gap is None else functools.partial(_scattered, gap=gap)
+    kind = _copies if gap is None else _far if far else _scattered
+    one = kind if gap is None else functools.partial(kind, gap=gap)
     texts = (one(rng, filler, length)[:length] for _ in range(documents))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -101,6 +106,21 @@ def _scattered(rng: np.random.Generator, filler: str, length: int, gap: int) -> 
         start, at = at, at + int(rng.integers(2 * gap + 1))
         pair = first.pop() if first else table[int(rng.integers(PAIRS))]
         text += filler[start:at] + _line(pair) + "\n" * (gap > 0)
+    return text
+
+
+def _far(rng: np.random.Generator, filler: str, length: int, gap: int) -> str:
+    """Every line of a table, a stretch of text, and the lines in another order."""
+    at, text, gap = int(rng.integers(len(filler) - length + 1)), "", int(rng.integers(gap + 1))
+    while len(text) < length:
+        table = pairs(rng)
+        stretch = int(2 ** rng.uniform(3, math.log2(length)))
+        between = [*rng.integers(2 * gap + 1, size=PAIRS), stretch]
+        between += rng.integers(2 * gap + 1, size=PAIRS - 1).tolist()
+        again = [table[i] for i in rng.permutation(PAIRS)]
+        for more, pair in zip(between, [*table, *again], strict=True):
+            text += filler[at : at + int(more)] + _line(pair) + "\n" * (gap > 0)
+            at += int(more)
     return text
 
 

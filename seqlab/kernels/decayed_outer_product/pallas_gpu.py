@@ -26,7 +26,7 @@ def form(tokens, size: int) -> chunk_scan.OnGPU | None:
     return chunk_scan.OnGPU(size) if chunk_scan.usable(NAME, tokens, size) else None
 
 
-@trust.trial_of(NAME)
+@trust.trial_of(NAME, chunk_scan.DTYPES)
 def trial(dtype) -> trust.Trial:
     """With a normaliser."""
     q, k, v, _, log_decay, reset, state = chunk_scan.tokens_to_try(dtype, channels=False)
@@ -35,7 +35,7 @@ def trial(dtype) -> trust.Trial:
     return trust.Trial(kernel, in_xla, (q, k, v, log_decay, reset, state))
 
 
-@trust.trial_of(NAME + chunk_scan.OF_CHANNELS)
+@trust.trial_of(NAME + chunk_scan.OF_CHANNELS, chunk_scan.DTYPES)
 def trial_of_channels(dtype) -> trust.Trial:
     q, k, v, _, *others = chunk_scan.tokens_to_try(dtype, channels=True)
     return trust.Trial(chunked, xla.chunked, (q, k, v, *others))

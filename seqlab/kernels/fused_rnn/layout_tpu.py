@@ -48,11 +48,9 @@ class Blocks(NamedTuple):
 
     def left(self, chunk):
         """Tokens of a chunk."""
-        return (
-            self.size
-            if self.T % self.size == 0
-            else jnp.minimum(self.size, self.T - chunk * self.size)
-        )
+        if self.T % self.size == 0:
+            return self.size
+        return jnp.minimum(self.size, self.T - chunk * self.size)
 
     def bytes(self, operand: int, state: int, leaves: int) -> int:
         """Of the vector memory that the backward pass needs, for the sizes of a number: blocks are

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from seqlab.kernels.on_gpu import blocks
 from seqlab.kernels.on_gpu.chunks import Place, Sizes, loop, place
 from seqlab.kernels.on_gpu.couplings import Cotangents, Gradient, Prepared, through_states
 from seqlab.kernels.on_gpu.products import chosen_sums
@@ -54,7 +53,6 @@ def prepared(sizes: Sizes, q, k, log_decay, documents, erases: bool) -> Prepared
             "scores": jax.ShapeDtypeStruct((sizes.B, *square), q.dtype),
             "overlaps": of(*square) if erases else None,
         },
-        blocks.chosen("channel_scores"),
         sizes=sizes,
     )
     operands = Operands(found["q"], found["k"], ones, ones, found["whole"], scores["scores"])
@@ -288,12 +286,11 @@ def channel_gradient(x, out, sizes: Sizes, rows: int):
 
 def _rows(kernel, sizes: Sizes) -> int:
     """Channels of a program."""
-    return min(blocks.chosen(kernel.__name__).block[0], sizes.K)
+    return min(sizes.blocks(kernel).block[0], sizes.K)
 
 
 def _launch(kernel, sizes: Sizes, chunks: int, inputs, outputs):
     """On some channels of some tokens of every head."""
     rows = _rows(kernel, sizes)
     grid = (sizes.K // rows, chunks, sizes.B * sizes.H)
-    chosen = blocks.chosen(kernel.__name__)
-    return sizes.launch(kernel, grid, inputs, outputs, chosen, sizes=sizes, rows=rows)
+    return sizes.launch(kernel, grid, inputs, outputs, sizes=sizes, rows=rows)

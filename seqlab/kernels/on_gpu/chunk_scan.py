@@ -3,6 +3,12 @@
 States follow one another in one kernel (`states`); all else happens in all chunks at once: scores
 before it, outputs after it, gradients after the walk back. So kernels hand on in memory what a
 chunk needs: scores, states, and in the delta rule the inverse and what it makes of values.
+
+Block sizes are guesses held to what fits a program on Hopper: with K = V = 128, chunks of 64 and
+bfloat16, Triton for sm_90 takes at most 140 of 228 KB of shared memory and 255 registers a thread.
+What then spills is 0.9 KB a thread in `channel_scores`, 0.5 in `channel_gradient`, 8 bytes in
+`chunk_couplings`; nothing in the others. In float32, which tensor cores would round, kernels spill
+up to 16 KB: there the form in XLA is taken, unless they are named.
 """
 
 from typing import Any, NamedTuple
@@ -18,15 +24,24 @@ from seqlab.kernels.on_gpu.couplings import Cotangents, Solved, couplings
 
 WIDTHS = (64, 128, 256, 512)  # of values; of keys all but the last
 LONGEST = 128  # chunks: scores of longer ones do not fit a program's registers
+KERNELS = (
+    *("head_scores", "head_gradient"),
+    *("channel_operands", "channel_scores", "channel_pairs", "channel_gradient"),
+    *("chunk_states", "chunk_states_backward", "chunk_outputs", "chunk_couplings"),
+    *("chunk_inverse", "chunk_corrections"),
+)
+DTYPES = ("bfloat16",)  # of tokens that they are taken for
 OF_CHANNELS = "_of_channels"  # in `trust`, kernels with one decay a channel
 
 
 class OnGPU(NamedTuple):
     """The kernels as a form of `platforms.scan`, for tokens (q, k, v, log_decay, reset) or, in the
-    delta rule, (q, k, v, beta, log_decay, reset); all but the first three float32 or wider."""
+    delta rule, (q, k, v, beta, log_decay, reset); all but the first three float32 or wider.
+    `others` as in `Sizes`."""
 
     size: int
     interpret: Any = False
+    others: tuple = ()
 
     def run(self, tokens, state):
         return self._forward(tokens, state, keep=False)[0]
@@ -35,7 +50,7 @@ class OnGPU(NamedTuple):
         return self._forward(tokens, state, keep=True)
 
     def _forward(self, tokens, state, keep: bool):
-        c = _Chunks(tokens, self.size, self.interpret)
+        c = _Chunks(tokens, *self)
         v, W = c.v, None
         if c.beta is not None:
             v, W = c.corrections(None)
@@ -45,7 +60,7 @@ class OnGPU(NamedTuple):
         return (y if norm is None else (y, c.as_token(norm)), last), entering
 
     def backward(self, tokens, entering, d_y, d_state):
-        c = _Chunks(tokens, self.size, self.interpret)
+        c = _Chunks(tokens, *self)
         dy, d_norm = d_y if isinstance(d_y, tuple) else (d_y, None)
         d_norm = None if d_norm is None else c.as_numbers(d_norm)
         w, W = (c.v, None) if c.beta is None else c.corrections(entering)
@@ -65,10 +80,10 @@ class OnGPU(NamedTuple):
 class _Chunks:
     """What the forward and the backward pass both need."""
 
-    def __init__(self, tokens, size: int, interpret):
+    def __init__(self, tokens, size: int, interpret, others):
         self.q, self.k, self.v, *beta, log_decay, reset = tokens
         (B, T, G, K), (H, V) = self.q.shape, self.v.shape[2:]
-        self.sizes = Sizes(B, T, G, H, K, V, size, interpret)
+        self.sizes = Sizes(B, T, G, H, K, V, size, interpret, others)
         self.beta = self.as_numbers(beta[0]) if beta else None
         by_chunk = self._whole(reset).reshape(B, -1, size)
         self.documents = jnp.cumsum(by_chunk, 2, dtype=jnp.int32).reshape(B, -1)
@@ -126,11 +141,11 @@ def require(name: str, tokens: tuple, size: int) -> None:
         )
 
 
-def tokens_to_try(dtype, channels: bool):
+def tokens_to_try(dtype, channels: bool, B: int = 1, T: int = 96, G: int = 1, H: int = 2, K=64):
     """q, k, v, beta, log_decay, reset, state: a chunk and a part of one, of two heads that share
     their keys, with documents and gates that wipe out everything."""
-    rng, (B, T, H, K) = np.random.default_rng(0), (1, 96, 2, 64)
-    q, k, v = (rng.normal(size=(B, T, heads, K)) for heads in (1, 1, H))
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(B, T, heads, K)) for heads in (G, G, H))
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     weak = -0.3 * rng.exponential(size=(B, T, H, K if channels else 1))
     gates = 2 * rng.random((B, T, H)), np.where(rng.random(weak.shape) < 0.1, -80.0, weak)

@@ -20,13 +20,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from seqlab.kernels.on_gpu import blocks
 from seqlab.kernels.on_gpu.blocks import Blocks
 from seqlab.kernels.on_gpu.call import call
 
 
 class Sizes(NamedTuple):
     """B rows of H heads, of which G have keys, and T tokens, in chunks of `size`; keys and values
-    are K and V wide."""
+    are K and V wide. `others` are names of kernels and block sizes in place of the table's."""
 
     B: int
     T: int
@@ -36,6 +37,10 @@ class Sizes(NamedTuple):
     V: int
     size: int
     interpret: Any = False
+    others: tuple[tuple[str, Blocks], ...] = ()
+
+    def blocks(self, kernel: Callable) -> Blocks:
+        return dict(self.others).get(kernel.__name__) or blocks.chosen(kernel.__name__)
 
     @property
     def chunks(self) -> int:
@@ -46,7 +51,7 @@ class Sizes(NamedTuple):
         """Those of whole chunks."""
         return self.chunks * self.size
 
-    def launch(self, kernel: Callable, grid: tuple, inputs, outputs, blocks: Blocks, **static):
+    def launch(self, kernel: Callable, grid: tuple, inputs, outputs, **static):
         """kernel(inputs, outputs, **static) takes references to arrays, in two trees like these;
         returned are the arrays of the second, of which shapes and dtypes are given."""
         arrays, given = jax.tree.flatten(inputs)
@@ -58,8 +63,9 @@ class Sizes(NamedTuple):
 
         program.__name__ = kernel.__name__  # which profilers show
         whole = lambda arrays: [(a, pl.BlockSpec()) for a in arrays]
+        chosen = self.blocks(kernel)
         options: Any = {"name": kernel.__name__, "interpret": self.interpret}
-        results = call(program, grid, whole(arrays), whole(shapes), blocks, **options)
+        results = call(program, grid, whole(arrays), whole(shapes), chosen, **options)
         return made.unflatten(results)
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from seqlab.kernels.on_gpu import blocks
 from seqlab.kernels.on_gpu.chunks import Place, Sizes, loop, place
 from seqlab.kernels.on_gpu.products import exactly
 from seqlab.kernels.on_gpu.states import Operands
@@ -66,13 +65,12 @@ def couplings(sizes: Sizes, x: Cotangents, documents, solved: Solved | None):
         like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
         out |= {"u": like(solved.dw), "d_overlaps": out["d_scores"]}
         out |= {"dv": like(solved.v), "d_beta": like(solved.beta)}
-    chosen = blocks.chosen("chunk_couplings")
+    chosen = sizes.blocks(chunk_couplings)
     found = sizes.launch(
         chunk_couplings,
         (1, sizes.chunks, sizes.B * sizes.H),
         {"w": x.w, "dy": x.dy, "d_norm": x.d_norm, "documents": documents, "solved": solved},
         out,
-        chosen,
         sizes=sizes,
         width=min(chosen.block[0], sizes.V),
     )

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from seqlab.kernels.on_gpu import blocks
 from seqlab.kernels.on_gpu.chunks import Sizes, loop, place
 from seqlab.kernels.on_gpu.couplings import Cotangents, Gradient, Prepared, through_states
 from seqlab.kernels.on_gpu.states import Operands
@@ -31,7 +30,6 @@ def prepared(sizes: Sizes, q, k, log_decay, documents, erases: bool) -> Prepared
         (1, sizes.chunks, sizes.B * sizes.G),
         {"q": q, "k": k, "log_decay": log_decay, "documents": documents},
         out,
-        blocks.chosen("head_scores"),
         sizes=sizes,
     )
     overlaps = found.pop("overlaps")
@@ -77,7 +75,7 @@ class _Decays:
 
 def gradient(sizes: Sizes, given: Prepared, x: Cotangents, log_decay, documents) -> Gradient:
     """Of pieces of K: what is not one a channel is to be added up."""
-    chosen = blocks.chosen("head_gradient")
+    chosen = sizes.blocks(head_gradient)
     rows, width = min(chosen.block[0], sizes.K), min(chosen.block[1], sizes.V)
     pieces = sizes.K // rows
     keys = jax.ShapeDtypeStruct(given.operands.k.shape, given.operands.k.dtype)
@@ -88,7 +86,6 @@ def gradient(sizes: Sizes, given: Prepared, x: Cotangents, log_decay, documents)
         (pieces, sizes.chunks, sizes.B * sizes.G),
         {**operands, **x._asdict(), "log_decay": log_decay, "documents": documents},
         Gradient(keys, keys, numbers, None if x.u is None else numbers)._asdict(),
-        chosen,
         sizes=sizes,
         rows=rows,
         width=width,

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from seqlab.kernels.on_gpu import blocks
 from seqlab.kernels.on_gpu.chunks import Sizes, loop, place
 from seqlab.kernels.on_tpu.tiles import columns_by_columns, product
 
@@ -153,7 +152,7 @@ def chunk_states_backward(x, out, sizes: Sizes, width: int):
 
 def _launch(kernel, sizes: Sizes, chunks: int, inputs, outputs):
     """On some columns of values of some chunks of every head."""
-    chosen = blocks.chosen(kernel.__name__)
+    chosen = sizes.blocks(kernel)
     width = min(chosen.block[0], sizes.V, HELD // sizes.K)
     grid = (sizes.V // width, chunks, sizes.B * sizes.H)
-    return sizes.launch(kernel, grid, inputs, outputs, chosen, sizes=sizes, width=width)
+    return sizes.launch(kernel, grid, inputs, outputs, sizes=sizes, width=width)

@@ -18,11 +18,13 @@ from seqlab.kernels.agreement import FORWARD, GRADIENT, allowed, worst
 
 
 class Trial(NamedTuple):
-    """kernel(*args) against xla(*args): the results, and the gradients of all floating `args`."""
+    """kernel(*args) against xla(*args): what `read` takes of the results, and the gradients of it
+    by all floating `args`."""
 
     kernel: Callable
     xla: Callable
     args: tuple
+    read: Callable = lambda results: results
 
 
 #: Of each GPU kernel by its name: dtype of the tokens -> its trial. A family enters its own.
@@ -70,9 +72,9 @@ def objection(kernel: str, kind: str, dtype: str) -> str | None:
 
 def _tried(trial: Callable[[Any], Trial], dtype: str) -> str | None:
     try:
-        kernel, xla, args = trial(dtype)
+        kernel, xla, args, read = trial(dtype)
         with jax.default_matmul_precision("highest"):  # of the form in XLA: kernels choose theirs
-            actual, expected = (values_and_gradients(f, args) for f in (kernel, xla))
+            actual, expected = (values_and_gradients(f, args, read) for f in (kernel, xla))
     except Exception as error:  # whatever a compiler raises, there is another form
         return f"it fails ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
     rows = zip(("result", "gradient"), (FORWARD, GRADIENT), actual, expected, strict=True)
@@ -83,8 +85,10 @@ def _tried(trial: Callable[[Any], Trial], dtype: str) -> str | None:
     return None
 
 
-def values_and_gradients(f: Callable, args: tuple) -> tuple[Any, list]:
-    """f(*args), and what fixed cotangents of it give of each floating array in `args`."""
+def values_and_gradients(
+    f: Callable, args: tuple, read: Callable = lambda results: results
+) -> tuple[Any, list]:
+    """read(f(*args)), and what fixed cotangents of it give of each floating array in `args`."""
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, args))
     is_float = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
     floats = [a for a in leaves if is_float(a)]
@@ -92,7 +96,7 @@ def values_and_gradients(f: Callable, args: tuple) -> tuple[Any, list]:
 
     def of_floats(floats):
         given = iter(floats)
-        return f(*tree.unflatten([next(given) if is_float(a) else a for a in leaves]))
+        return read(f(*tree.unflatten([next(given) if is_float(a) else a for a in leaves])))
 
     @jax.jit
     def both(floats):

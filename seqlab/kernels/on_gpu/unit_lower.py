@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqlab.kernels.on_gpu import blocks
 from seqlab.kernels.on_gpu.chunks import Sizes, loop, place
 from seqlab.kernels.on_gpu.products import exactly
 from seqlab.kernels.on_tpu.tiles import product
@@ -26,7 +25,6 @@ def inverse(sizes: Sizes, overlaps, beta):
         (1, sizes.chunks, sizes.B * sizes.H),
         {"overlaps": overlaps, "beta": beta},
         {"inverse": jax.ShapeDtypeStruct(overlaps.shape, overlaps.dtype)},
-        blocks.chosen("chunk_inverse"),
         sizes=sizes,
     )
     return found["inverse"]
@@ -52,13 +50,12 @@ def corrections(sizes: Sizes, T, beta, start, v, reading, entering):
     """U = T beta v and W = T beta start k, tokens of whole chunks, of keys `reading`. Of the states
     that enter, w = U - W S is returned in place of U."""
     tokens = lambda X, dtype: jax.ShapeDtypeStruct((sizes.B, sizes.tokens, sizes.H, X), dtype)
-    chosen = blocks.chosen("chunk_corrections")
+    chosen = sizes.blocks(chunk_corrections)
     found = sizes.launch(
         chunk_corrections,
         (1, sizes.chunks, sizes.B * sizes.H),
         {"T": T, "beta": beta, "start": start, "v": v, "k": reading, "entering": entering},
         {"w": tokens(sizes.V, v.dtype), "W": tokens(sizes.K, v.dtype)},
-        chosen,
         sizes=sizes,
         rows=min(chosen.block[0], sizes.K),
         width=min(chosen.block[1], sizes.V),

@@ -26,7 +26,7 @@ from seqlab.kernels.precision import widen
 from seqlab.kernels.selective_scan import xla
 from seqlab.kernels.selective_scan.gpu_kernels import Walk, backward, forward
 
-MOST_STATES = 64  # of a channel: more would not fit the registers
+FEW_STATES, MOST_STATES = 16, 64  # of a channel: more would not fit the registers
 
 
 def chunked(u, dt, b, c, reset, A, state, *, chunk_size: int = 64, interpret: bool = False):
@@ -37,7 +37,7 @@ def chunked(u, dt, b, c, reset, A, state, *, chunk_size: int = 64, interpret: bo
             f"The GPU kernel of selective_scan takes at most {MOST_STATES} states a channel, not "
             f"{A.shape[1]}: leave the implementation to None."
         )
-    form = OnGPU(min(chunk_size, u.shape[1]), blocks.chosen("selective_scan"), interpret)
+    form = OnGPU(min(chunk_size, u.shape[1]), _blocks(tokens), interpret)
     y, state = platforms.scan(platforms.Forms(form), tokens, state.mT)  # pyright: ignore
     return y, state.mT
 
@@ -48,7 +48,7 @@ def form(tokens, chunk_size: int) -> "OnGPU | None":
     u = tokens[0]
     if not _suits(tokens) or not trust.trusted("selective_scan", u.dtype):
         return None
-    return OnGPU(min(chunk_size, u.shape[1]), blocks.chosen("selective_scan"))
+    return OnGPU(min(chunk_size, u.shape[1]), _blocks(tokens))
 
 
 class OnGPU(NamedTuple):
@@ -103,6 +103,11 @@ class OnGPU(NamedTuple):
 
 def _suits(tokens) -> bool:
     return tokens[-1].shape[0] <= MOST_STATES
+
+
+def _blocks(tokens) -> Blocks:
+    many = tokens[-1].shape[0] > FEW_STATES
+    return blocks.chosen("selective_scan", "many states" if many else blocks.ANY)
 
 
 # ---- what they are tried and measured on ----

@@ -11,7 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 from seqlab.errors import ModelError
 from seqlab.kernels import platforms
 from seqlab.kernels.on_tpu.call import VMEM, call
-from seqlab.kernels.on_tpu.layout import shapes
 from seqlab.kernels.on_tpu.tiles import LANES
 from seqlab.kernels.precision import widen
 from seqlab.kernels.selective_scan import tpu_kernels, xla
@@ -65,8 +64,8 @@ class OnTPU(NamedTuple):
         y, *entering, last = call(
             functools.partial(tpu_kernels.forward, plan=plan),
             plan.grid,
-            [*plan.laid(tokens), (state, states)],
-            [plan.to_lay(u), *([plan.kept(state.dtype)] if keep else []), plan.states(state.dtype)],
+            [*plan.laid(*tokens), (state, states)],
+            [plan.like(u), *([plan.kept(state.dtype)] if keep else []), plan.states(state.dtype)],
             [*plan.rows(3, state.dtype), *plan.spread(2, state.dtype)],
             semantics=SEMANTICS,
             cost=plan.cost(1, state.dtype),
@@ -82,8 +81,8 @@ class OnTPU(NamedTuple):
         du, ddt, db, dc, dA, d_first = call(
             functools.partial(tpu_kernels.backward, plan=plan),
             plan.grid,
-            [*plan.laid(tokens), (entering, kept[1]), *plan.laid([d_y]), (d_state, states[1])],
-            [plan.to_lay(u), plan.to_lay(dt), *[plan.sums(dtype)] * 2, states, states],
+            [*plan.laid(*tokens), (entering, kept[1]), plan.wide(d_y), (d_state, states[1])],
+            [plan.like(u), plan.like(dt), *[plan.sums(dtype)] * 2, states, states],
             [
                 *plan.rows(5, dtype),
                 *plan.spread(4, dtype),
@@ -136,14 +135,33 @@ class Plan(NamedTuple):
     def time(self, chunk):
         return self.chunks - 1 - chunk if self.backward else chunk
 
-    def laid(self, tokens) -> list:
+    def laid(self, u, dt, b, c, reset, A) -> list:
         """Each as it lies, and the block of it that a step takes."""
-        return [(self._laid(a), self._block(a)) for a in tokens]
+        first = reset[..., None].astype(jnp.float32)
+        rates = A, pl.BlockSpec(A.shape, lambda b, c, e: (0, 0))
+        shared = map(self.shared, (widen(b), widen(c), first))
+        return [self.wide(u), self.wide(dt), *shared, rates]
 
-    def to_lay(self, a) -> tuple:
-        """The same of a result that is still to be made."""
-        [shape] = shapes([jax.eval_shape(self._laid, a)])
-        return shape, self._block(a)
+    def wide(self, a) -> tuple:
+        """The same of [B, T, E], a block at least."""
+        return jnp.pad(a, [(0, 0), (0, max(0, self.size - self.T)), (0, 0)]), self.block
+
+    def like(self, a) -> tuple:
+        """The same of a result like this one, which is still to be made."""
+        shape = self.B, max(self.size, self.T), self.E
+        return jax.ShapeDtypeStruct(shape, a.dtype), self.block
+
+    @property
+    def block(self) -> pl.BlockSpec:
+        index = lambda b, c, e: (b, self.time(c), e)
+        return pl.BlockSpec((None, self.size, self.width), index)
+
+    def shared(self, a) -> tuple:
+        """The same of what all channels share [B, T, X]: a chunk is [X, C]."""
+        a = jnp.pad(a, [(0, 0), (0, -self.T % self.size), (0, 0)])
+        a = a.reshape(self.B, self.chunks, self.size, -1).mT
+        index = lambda b, c, e: (b, self.time(c), 0, 0)
+        return a, pl.BlockSpec((None, None, *a.shape[2:]), index)
 
     def states(self, dtype) -> tuple:
         """States of all channels, which stay for all chunks."""
@@ -174,21 +192,3 @@ class Plan(NamedTuple):
         """One exponential a state, a token and a pass."""
         decays = jax.ShapeDtypeStruct((passes * self.size, self.N, self.E), dtype)
         return jnp.exp, [decays], self.B * self.chunks
-
-    def _laid(self, a):
-        if a.ndim == 2 and a.dtype != bool:
-            return a
-        if a.ndim == 2:
-            a = a[..., None].astype(jnp.float32)
-        if a.shape[2] == self.E:
-            return jnp.pad(a, [(0, 0), (0, max(0, self.size - self.T)), (0, 0)])  # a block at least
-        a = jnp.pad(widen(a), [(0, 0), (0, -self.T % self.size), (0, 0)])
-        return a.reshape(self.B, self.chunks, self.size, -1).mT
-
-    def _block(self, a) -> pl.BlockSpec:
-        if a.ndim == 2 and a.dtype != bool:
-            return pl.BlockSpec(a.shape, lambda b, c, e: (0, 0))
-        if a.ndim == 3 and a.shape[2] == self.E:
-            return pl.BlockSpec((None, self.size, self.width), lambda b, c, e: (b, self.time(c), e))
-        rows = 1 if a.ndim == 2 else self.N
-        return pl.BlockSpec((None, None, rows, self.size), lambda b, c, e: (b, self.time(c), 0, 0))
