@@ -22,6 +22,9 @@ def _changes(request: Request, found: Estimate) -> Table:
     table.add_row(readable.spans(found.replaced), f"attention becomes {request.mixer}")
     if kept := set(range(found.layers)) - set(found.replaced):
         table.add_row(readable.spans(kept), "stay as they are")
+    if found.left:
+        names = sorted({name.partition(".mixer.")[2] for name in found.left})
+        table.add_row("", f"without attention's {', '.join(names)}, which find no place")
     return table
 
 

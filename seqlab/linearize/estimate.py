@@ -30,6 +30,7 @@ class Estimate:
     state_bytes   what the replaced layers remember of a sequence, whatever its length
     cache_bytes   what the same layers of the teacher remember of each token
     weight_bytes  of the teacher, as it is stored
+    left          weights of the teacher's attention that have no place in the student
     memory_bytes  of weights, gradients and moments in the largest stage; activations come on top
     disk_bytes    of the stages' checkpoints and the student
     student_bytes of the student, as it is stored
@@ -43,6 +44,7 @@ class Estimate:
     state_bytes: int
     cache_bytes: int
     weight_bytes: int
+    left: tuple[str, ...] = ()
 
     @property
     def break_even(self) -> int:
@@ -77,6 +79,7 @@ def estimate(plan: Plan, stages: Sequence[Stage], teacher: pathlib.Path) -> Esti
         state_bytes=_state(plan),
         cache_bytes=_cache(plan),
         weight_bytes=_stored(teacher) or FLOAT32 * parameter_count(held),
+        left=tuple(sorted(plan.left)),
     )
 
 

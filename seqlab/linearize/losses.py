@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from seqlab.layers import auxiliary
 from seqlab.layers.linear import Linear
 from seqlab.linearize.transfer import Models, distance, layer
+from seqlab.models import narrow
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind, parameters
 from seqlab.train.objective import Asked
@@ -130,5 +131,6 @@ def _logits(model: LM, x: jax.Array, start: jax.Array, size: int) -> jax.Array:
     of_ids = {"embed.weight": 0} if model.head is None else {"head.weight": 1, "head.bias": 0}
     for name, axis in of_ids.items():
         if name in params:
-            params[name] = jax.lax.dynamic_slice_in_dim(params[name], start, size, axis)
+            cut = lambda a, at, axis=axis: jax.lax.dynamic_slice_in_dim(a, at, size, axis)
+            params[name] = narrow.read(cut, params[name], start, x.dtype)
     return bind(model, params).logits(x)

@@ -1,6 +1,7 @@
 """One stage of a recipe is one training run, resumable, in a folder of its own."""
 
 import dataclasses
+import gc
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,7 @@ def run(
     names = trained(pair, student, stage)
     work = _work(Models(teacher, student), names, stage, folder.name)
     outcome = train(config, folder, work=work, say=say)
+    gc.collect()  # of the run, which refers to itself: its moments and its program
     if not outcome.finished:
         raise Stopped(f"The stage in {folder} is not finished: run the same command to go on.")
     student = _with(student, parameters(outcome.model.student), names)

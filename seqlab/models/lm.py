@@ -23,6 +23,7 @@ from seqlab.layers.linear import Linear, product
 from seqlab.layers.linear_kinds import LinearConfig
 from seqlab.layers.mixer import State
 from seqlab.models import block as blocks
+from seqlab.models import narrow
 from seqlab.models.block import BlockConfig, Join
 from seqlab.parallel.mesh import DATA, SEQ, constrain
 from seqlab.parallel.sequence import ENTERING
@@ -184,11 +185,18 @@ class LM(nnx.Module):
         x = self._embed(tokens)
         shares = any(block.shares for block in (*self.before, *self.blocks, *self.after))
         stream, n, m = (x, x if shares else None), len(self.before), len(self.blocks)
-        period = lambda stream, xs: self._period(stream, xs[0], xs[1], reset)
+
+        def period(stream, xs):
+            blocks, states, *at = xs  # a place in the stacks, if their weights are narrow
+            blocks = narrow.period(blocks, self.blocks, *at, self.dtype) if at else blocks
+            return self._period(stream, blocks, states, reset)
+
         if self.config.remat != "none":
             period = jax.checkpoint(period, policy=_POLICIES[self.config.remat])
         stream, before = _unstacked(period, stream, self.before, state[:n])
-        blocks = (self.blocks, state[n : n + m])
+        at = any(narrow.is_narrow(a, self.dtype) for a in jax.tree.leaves(self.blocks))
+        at = (jnp.arange(self.config.repeats),) if at else ()
+        blocks = (self.blocks, state[n : n + m], *at)
         stream, (middle, found) = _over_depth(period, stream, blocks, self.config)
         auxiliary.include(found)
         (x, _), after = _unstacked(period, stream, self.after, state[n + m :])
@@ -196,7 +204,7 @@ class LM(nnx.Module):
 
     def _embed(self, tokens):
         weight, scale = self.embed.weight[...], self.config.embed_scale
-        x = weight[tokens].astype(self.dtype)
+        x = narrow.read(lambda w, ids: w[ids], weight, tokens, self.dtype).astype(self.dtype)
         if scale == "root":
             scale = float(np.asarray(self.config.d_model**0.5, weight.dtype))
         x = x if scale == 1.0 else x * scale

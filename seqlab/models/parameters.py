@@ -4,6 +4,7 @@ Training, decoding and checkpoints work on this dictionary: `jax.jit` dispatches
 arrays several times faster than a module, and its keys are the names in every file we write.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -54,6 +55,12 @@ def decays(model: Any) -> dict[str, bool]:
         _name(path): len(_axes(path, variable)) > 1 and variable.get_metadata().get("decay", True)
         for path, variable in variables
     }
+
+
+def largest_first(params: Mapping[str, Any]) -> list[str]:
+    """Names in the order in which to make weights: each stands in memory twice while it is placed,
+    and at the end, when the rest is there, those are small."""
+    return sorted(params, key=lambda name: -math.prod(params[name].shape))
 
 
 def _axes(path, variable) -> tuple[str | None, ...]:

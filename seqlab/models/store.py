@@ -26,7 +26,7 @@ from seqlab.models import tokenizer as tokenizers
 from seqlab.models.arrays import read_arrays, read_contents, steps
 from seqlab.models.artifacts import MANIFEST
 from seqlab.models.layout import Layout, restacked
-from seqlab.models.parameters import axes, bind, parameters
+from seqlab.models.parameters import axes, bind, largest_first, parameters
 from seqlab.models.published_tokenizer import FILES as TOKENIZER_FILES
 from seqlab.models.published_tokenizer import TOKENIZER
 from seqlab.models.tokenizer import Tokenizer
@@ -280,14 +280,11 @@ def _read_step(step: pathlib.Path, skeleton: lm.LM) -> dict[str, jax.Array]:
 def _weights(path: pathlib.Path, skeleton: lm.LM) -> dict[str, jax.Array]:
     """The arrays of a file as they are stored, float32 or narrower; `bind` compares the names."""
     like, named = parameters(skeleton), axes(skeleton)
-    alone = jax.sharding.get_mesh().empty
-    read: Callable[..., dict] = safetensors.flax.load_file
-    read = read if alone else lambda path: dict(tensors.mapped(path))
     try:
-        arrays = trits.restored(read(path), like, path)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        arrays = trits.restored(dict(tensors.mapped(path)), like, path)
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is not readable ({error}): restore the file.") from None
-    for name in sorted(arrays.keys() & like.keys()):
+    for name in largest_first({name: like[name] for name in arrays.keys() & like.keys()}):
         array, wanted = arrays[name], like[name]
         kind = jnp.floating if jnp.issubdtype(wanted.dtype, jnp.floating) else wanted.dtype
         if array.shape != wanted.shape or not jnp.issubdtype(array.dtype, kind):
@@ -295,5 +292,6 @@ def _weights(path: pathlib.Path, skeleton: lm.LM) -> dict[str, jax.Array]:
                 f"{path}: {name} is {array.dtype}{list(array.shape)} and "
                 f"{wanted.dtype}{list(wanted.shape)} in its config: they are of two models."
             )
-        arrays[name] = array if alone else placed(np.array(array), named[name])
+        own = tensors.own([array], array.dtype)[0, ...]  # the file may change under a mapped one
+        arrays[name] = placed(jax.device_put(own), named[name])
     return arrays

@@ -9,7 +9,7 @@ are looked at, and a device reads only its slice.
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from seqlab.errors import CheckpointError, ModelError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes, the most in one file that we write
+ALIGNED = 64  # bytes: where arrays of a CPU device begin
 LARGEST_HEADER = 100 * 2**20  # bytes; the safetensors package allows as much
 DTYPES = {
     "BOOL": "bool",
@@ -173,6 +174,19 @@ def _write(path: pathlib.Path, names: Iterable[str], tensors: Mapping[str, Any])
 
 def _bytes(array: Any) -> int:
     return array.size * array.dtype.itemsize
+
+
+def own(parts: Sequence[Any], dtype: Any) -> np.ndarray:
+    """Arrays of one shape, stacked in memory that is nobody else's and that a CPU device takes over
+    as it is: what does not lie as it wants it copies, and keeps meanwhile."""
+    dtype, shape = jnp.dtype(dtype), (len(parts), *parts[0].shape)
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + ALIGNED, np.uint8)
+    start = -room.ctypes.data % ALIGNED
+    stacked = room[start : start + size].view(dtype).reshape(shape)
+    for i, part in enumerate(parts):
+        stacked[i] = part
+    return stacked
 
 
 def shown(name: str) -> str:

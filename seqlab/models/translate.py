@@ -12,9 +12,9 @@ import numpy as np
 
 from seqlab.errors import ModelError
 from seqlab.models import lm
-from seqlab.models.parameters import axes, decays, parameters
+from seqlab.models.parameters import axes, decays, largest_first, parameters
 from seqlab.models.rearrange import Rule
-from seqlab.models.tensors import shown
+from seqlab.models.tensors import own, shown
 from seqlab.parallel.mesh import weight_sharding
 
 #: What files hold besides weights, and every model computes for itself.
@@ -50,7 +50,8 @@ def imported(
         for name, array in zip(rule.ours, _read(path, rule, tensors, like), strict=True):
             parts[name][rule.repeat] = array
     return {
-        name: _placed(parts[name], like[name].shape, named[name], narrow[name]) for name in like
+        name: _placed(parts[name], like[name].shape, named[name], narrow[name])
+        for name in largest_first(like)
     }
 
 
@@ -134,8 +135,8 @@ def _placed(parts: Mapping[int | None, Any], shape, axes, narrow: bool) -> jax.A
 
     def read(index):  # an array of its own each time: files may change under mapped ones
         if None in parts:
-            return np.array(parts[None][index], dtype)
-        return np.stack([parts[r][index[1:]] for r in range(shape[0])[index[0]]], dtype=dtype)
+            return own([parts[None][index]], dtype)[0, ...]
+        return own([parts[r][index[1:]] for r in range(shape[0])[index[0]]], dtype)
 
     mesh = jax.sharding.get_mesh()
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
