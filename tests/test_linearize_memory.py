@@ -18,7 +18,9 @@ from seqlab.linearize.swap import plan
 from seqlab.models import lm, narrow
 from seqlab.models.parameters import largest_first, parameters
 
-CONFIG = lm.Config(vocab=65, d_model=64, pattern=(attention.Config(heads=2),), repeats=8)
+CONFIG = lm.Config(
+    vocab=65, d_model=64, pattern=(attention.Config(heads=2, max_length=16),), repeats=8
+)
 
 
 def test_a_model_of_bfloat16_is_never_held_in_float32():
