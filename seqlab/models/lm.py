@@ -188,7 +188,7 @@ class LM(nnx.Module):
 
         def period(stream, xs):
             blocks, states, *at = xs  # a place in the stacks, if their weights are narrow
-            blocks = narrow.period(blocks, self.blocks, *at, self.dtype) if at else blocks
+            blocks = narrow.period(blocks, self.blocks, at[0], self.dtype) if at else blocks
             return self._period(stream, blocks, states, reset)
 
         if self.config.remat != "none":

@@ -5,6 +5,7 @@ All arrays of uint8 in a model are packed trits (see `kernels.ternary_matmul.pac
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ def squeezed(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def restored(
-    stored: Mapping[str, jax.Array], like: Mapping[str, jax.Array], where: pathlib.Path
-) -> dict[str, jax.Array]:
+    stored: Mapping[str, Any], like: Mapping[str, jax.Array], where: pathlib.Path
+) -> dict[str, Any]:
     """Parameters of the shapes of `like`, from a file's arrays in either form.
 
     Raises CheckpointError where what should be trits is something else.
