@@ -194,8 +194,9 @@ class LM(nnx.Module):
         if self.config.remat != "none":
             period = jax.checkpoint(period, policy=_POLICIES[self.config.remat])
         stream, before = _unstacked(period, stream, self.before, state[:n])
-        at = any(narrow.is_narrow(a, self.dtype) for a in jax.tree.leaves(self.blocks))
-        at = (jnp.arange(self.config.repeats),) if at else ()
+        stacks = jax.tree.leaves(self.blocks)
+        some = any(narrow.is_narrow(a, self.dtype) for a in stacks)
+        at = (jnp.arange(len(stacks[0])),) if some else ()
         blocks = (self.blocks, state[n : n + m], *at)
         stream, (middle, found) = _over_depth(period, stream, blocks, self.config)
         auxiliary.include(found)
