@@ -26,6 +26,7 @@ from flax import nnx
 import benchmarks.record as record
 from seqlab import heap
 from seqlab.bench.machine import memory
+from seqlab.layers import ffn
 from seqlab.layers.mixers import attention
 from seqlab.linearize import stage
 from seqlab.linearize.presets import PRESETS
@@ -39,7 +40,7 @@ from seqlab.train.sources import Text
 TRAINED = ("liger", 0), ("lolcats", 0), ("lizard", 1)  # a method's stage: adapters, features
 NUMBERS = 4  # in memory of a weight that trains: itself, its gradient, two moments
 ALLOWED = 1.3
-WIDE, DEEP, LENGTH, STEPS = 1024, 24, 32, 2
+WIDE, DEEP, LENGTH, STEPS = 2048, 16, 32, 2
 EVERY = 0.005  # seconds between two looks at the memory
 TEXT = Text(("python:stdlib",), held_out=0.98, part="train", name="stdlib")
 
@@ -61,9 +62,10 @@ def measured() -> list[dict[str, Any]]:
 
 
 def draw(folder: str) -> None:
-    """Save a teacher of a gigabyte."""
+    """Save a teacher of the sizes of Llama 3.2 1B, but for its vocabulary."""
     mixer = attention.Config(heads=WIDE // 64, kv_heads=WIDE // 256, max_length=128)
-    config = lm.Config(vocab=257, d_model=WIDE, pattern=(mixer,), repeats=DEEP)
+    sizes = {"d_model": WIDE, "ffn": ffn.Config(width=4 * WIDE), "repeats": DEEP}
+    config = lm.Config(vocab=257, pattern=(mixer,), **sizes)
     store.save(config.build(rngs=nnx.Rngs(0)), f"{folder}/teacher")
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from seqlab.conformance.tolerance import GRADIENT, assert_close
-from seqlab.layers.mixers import attention, gla
+from seqlab.layers.mixers import attention, gla, rwkv7
 from seqlab.linearize import losses
 from seqlab.linearize.transfer import Models
 from seqlab.models import lm
@@ -90,6 +90,7 @@ def test_no_logits_of_the_whole_vocabulary_ever_stand_in_memory(asked):
 
 
 GLA, WINDOW = gla.Config(heads=2), dataclasses.replace(ATTENTION, window=4)
+SHARING = rwkv7.Config(heads=2, first=False)  # values of layers, and of no teacher's
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +136,9 @@ def test_the_layer_loss_is_each_mixer_on_what_the_teachers_reads(asked, ask):
     assert_close(np.float32(total.nats / tokens), np.float32(np.mean(relative)))
 
 
-def test_the_layer_loss_trains_mixers_alone(asked, ask):
-    grads, _ = ask(losses.layer, GLA, asked)
+@pytest.mark.parametrize("mixer", [GLA, SHARING], ids=["gla", "one that shares"])
+def test_the_layer_loss_trains_mixers_alone(asked, ask, mixer):
+    grads, _ = ask(losses.layer, mixer, asked)
     moved = {name for name, g in grads.items() if np.any(np.asarray(g))}
     assert moved and all(name.startswith("blocks.0.mixer.") for name in moved)
 

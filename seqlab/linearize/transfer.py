@@ -65,18 +65,23 @@ class _Watched(Mixer):
 
     def __init__(self, teacher: Any, student: Any):
         self.teacher, self.student = teacher, student
+        self.shares = (
+            student.shares
+        )  # among students; what the teacher's layers read has none of it
 
     def init_state(self, batch: int):
         return self.teacher.init_state(batch)
 
-    def mix(self, x, state, reset):
+    def mix(self, x, state, reset, *shared):
         teacher, student = self.teacher, self.student
         empty = student.init_state(len(x))
         if not _heads_compare(teacher, student):
             y, _ = teacher.mix(x, state, reset)
-            return y, distance(student.mix(x, empty, reset)[0], y)
+            ours, _, *shared = student.mix(x, empty, reset, *shared)
+            return y, distance(ours, y), *shared
         y, _ = teacher.attend(x, state, reset)
-        return teacher.leave(x, y), distance(student.attend(x, empty, reset)[0], y)
+        ours, _ = student.attend(x, empty, reset)
+        return teacher.leave(x, y), distance(ours, y), *shared
 
 
 def _heads_compare(teacher, student) -> bool:
