@@ -67,7 +67,7 @@ class _Watched(Mixer):
         self.teacher, self.student = teacher, student
         self.shares = (
             student.shares
-        )  # among students; what the teacher's layers read has none of it
+        )  # of what layers share: the teacher's have nothing to do with it
 
     def init_state(self, batch: int):
         return self.teacher.init_state(batch)
