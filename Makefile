@@ -3,7 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 RUN := $(VENV)/bin/python -m
-PYTEST ?= -n auto --maxprocesses 4 --dist loadgroup
+# A file is one worker's: fixtures and programs are made once.
+PYTEST ?= -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo linearize-demo tasks test lint clean
 

@@ -3,8 +3,6 @@
 import os
 import pathlib
 
-import pytest
-
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "16")
 # Programs here run for moments, so most of the time goes into compiling them: let XLA emit machine
 # code the quick way. At level 1 results are to the bit those of the defaults; at level 0 products
@@ -24,11 +22,3 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 def pytest_configure(config):
     """Tests of a GPU have what JAX finds; all others run on the CPU."""
     os.environ.setdefault("JAX_PLATFORMS", "" if config.option.markexpr == "gpu" else "cpu")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """A file is one worker's, unless it says otherwise: fixtures and programs are made once."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -107,8 +107,7 @@ def _called(case) -> str:
 
 
 def _param(case):
-    name = _called(case)  # with `--dist loadgroup`, one worker compiles all of a mixer
-    return pytest.param(case, id=name, marks=pytest.mark.xdist_group(name))
+    return pytest.param(case, id=_called(case))
 
 
 @pytest.mark.parametrize("prove", PROPERTIES, ids=title)
