@@ -58,10 +58,19 @@ def decoded() -> list[dict[str, Any]]:
 
 
 def with_room(model: lm.LM, tokens: int) -> lm.LM:
-    """A transformer whose documents may have so many tokens."""
-    pattern = tuple(dataclasses.replace(m, max_length=tokens) for m in model.config.pattern)
-    config = dataclasses.replace(model.config, pattern=pattern)
-    return bind(config.skeleton(), parameters(model))
+    """One whose full attention may see so many tokens of a document."""
+
+    def longer(block):
+        mixer = getattr(block, "mixer", block)  # a block may be given as its mixer
+        if not isinstance(mixer, attention.Config) or mixer.window is not None:
+            return block
+        mixer = dataclasses.replace(mixer, max_length=tokens)
+        return dataclasses.replace(block, mixer=mixer) if hasattr(block, "mixer") else mixer
+
+    c = model.config
+    places = {"before": c.before, "pattern": c.pattern, "after": c.after}
+    places = {name: tuple(map(longer, blocks)) for name, blocks in places.items()}
+    return bind(dataclasses.replace(c, **places).skeleton(), parameters(model))
 
 
 def milliseconds(models: dict[str, lm.LM], context: int) -> dict[str, float]:

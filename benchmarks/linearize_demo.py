@@ -47,10 +47,18 @@ from seqlab.train.sources import Jsonl, Text
 
 OUT = pathlib.Path("runs/linearize_demo")
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-METHOD_NAMES = "swa", "swa_sink", "liger", "lolcats", "lizard", "lizard_rope", "hedgehog"
-#: Those, and Liger as a hybrid, whose first softmax layer stays: here that is the one which looks
-#: values up. By name, the method and the layers that stay.
-STUDENTS = {name: (name, ()) for name in METHOD_NAMES} | {"liger_h": ("liger", (1,))}
+#: By name the method and the layers that keep their softmax: in liger_h, a hybrid of Liger's, the
+#: first one of attention, which here is the one that looks values up.
+STUDENTS = {
+    "swa": ("swa", ()),
+    "swa_sink": ("swa_sink", ()),
+    "liger": ("liger", ()),
+    "liger_h": ("liger", (1,)),
+    "lolcats": ("lolcats", ()),
+    "lizard_rope": ("lizard_rope", ()),
+    "lizard": ("lizard", ()),
+    "hedgehog": ("hedgehog", ()),
+}
 WINDOW, SINKS, LENGTH = 64, 4, 1024  # tokens
 HELD_OUT_ROWS = 16
 CONTEXTS = 1024, 8192  # tokens read before decoding is timed
@@ -100,7 +108,7 @@ def main(options: list[str]) -> int:
         for name in RECOVERED if long else STUDENTS:
             rows.append(of_student(name, teacher, data, judge, MORE if long else TOKENS, students))
             rows[-1]["recovered"] = rows[0]["perplexity"] / rows[-1]["perplexity"]
-            say(name)
+            say(f"{name}, {summary(rows[-1])},")
     if long:
         return record.record("linearize_long", rows, recovered(rows))
     for folder in (OUT, DOCS):
@@ -150,8 +158,13 @@ def of_teacher(teacher: lm.LM, judge: Judge) -> dict[str, Any]:
     figures = judge.teacher(teacher)
     row = dict.fromkeys(("new", "trained", "tokens"), 0)
     row |= dict.fromkeys(("at the swap", "after stage 1", "after stage 2"))
-    times = [milliseconds({"": with_room(teacher, n + LENGTH)}, n)[""] for n in CONTEXTS]
-    return measured("teacher", row, figures, teacher, times) | {"recovered": 1.0}
+    return measured("teacher", row, figures, teacher, decoding(teacher)) | {"recovered": 1.0}
+
+
+def decoding(model: lm.LM) -> list[float]:
+    """Milliseconds a token behind so many; a layer that keeps its softmax gets room for them."""
+    room = lambda n: model if model.max_length is None else with_room(model, n + LENGTH)
+    return [milliseconds({"": room(n)}, n)[""] for n in CONTEXTS]
 
 
 def of_student(name: str, teacher: lm.LM, data: Data, judge: Judge, tokens: int, runs) -> dict:
@@ -177,8 +190,7 @@ def of_student(name: str, teacher: lm.LM, data: Data, judge: Judge, tokens: int,
         "tokens": tokens,
         **dict(zip(("at the swap", "after stage 1", "after stage 2"), after, strict=True)),
     }
-    times = [milliseconds({"": pair.student}, n)[""] for n in CONTEXTS]
-    return measured(name, row, found[-1], pair.student, times)
+    return measured(name, row, found[-1], pair.student, decoding(pair.student))
 
 
 def shortened(one: Stage, tokens: int) -> Stage:
@@ -195,6 +207,12 @@ def measured(name: str, row: dict, figures, model: lm.LM, times: list[float]) ->
         "state bytes": state_bytes(model),
         **{f"ms at {n}": ms for n, ms in zip(CONTEXTS, times, strict=True)},
     }
+
+
+def summary(row: dict[str, Any]) -> str:
+    recalled = (f"{row[f'recall {n}']:.0%} over {n}" for n in recall.DISTANCES)
+    share = f"{row['recovered']:.1%} of the teacher's perplexity"
+    return f"perplexity {row['perplexity']:.3f}, {share}, recall {', '.join(recalled)}"
 
 
 def recovered(rows: list[dict]) -> list[record.Claim]:
