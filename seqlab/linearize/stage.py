@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from seqlab import settings
+from seqlab import heap, settings
 from seqlab.errors import ConfigError, SeqlabError
 from seqlab.linearize import lora, losses
 from seqlab.linearize.recipes import Stage
@@ -57,6 +57,7 @@ def run(
     work = _work(Models(teacher, student), names, stage, folder.name)
     outcome = train(config, folder, work=work, say=say)
     gc.collect()  # of the run, which refers to itself: its moments and its program
+    heap.trim()
     if not outcome.finished:
         raise Stopped(f"The stage in {folder} is not finished: run the same command to go on.")
     student = _with(student, parameters(outcome.model.student), names)

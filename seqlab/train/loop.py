@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from seqlab import settings
+from seqlab import heap, settings
 from seqlab.errors import CheckpointError, ConfigError, NumericalError
 from seqlab.models.lm import LM
 from seqlab.models.parameters import bind, decays, parameters
@@ -210,6 +210,8 @@ class _Run:
             params, optimizer, metrics = self.train_step(*self.state, batch)
             self.state = states.State(params, optimizer)
             self.step += 1
+            if self.step == first + 1:
+                heap.trim()  # of what compiling took
             self.checkpoints.poll()
             if pending is not None:
                 last = self._record(*pending, last, began)
