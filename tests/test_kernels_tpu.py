@@ -18,11 +18,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.errors import ModelError
+from seqlab.kernels import tile_inverse
 from seqlab.kernels.decayed_outer_product import decayed_outer_product
 from seqlab.kernels.decayed_outer_product import pallas_tpu as outer_product_tpu
 from seqlab.kernels.delta_rule import delta_rule
 from seqlab.kernels.delta_rule import pallas_tpu as delta_rule_tpu
-from seqlab.kernels.on_tpu import layout, narrow_states, unit_lower
+from seqlab.kernels.on_tpu import layout, narrow_states
 from seqlab.parallel.mesh import make_mesh, use_mesh
 from seqlab.plan import topology
 
@@ -131,7 +132,7 @@ def test_states_with_narrow_keys_are_kept_in_rows_that_others_read_too(V):
 @pytest.mark.parametrize("beta", [1.0, 1.95])
 def test_inverses_of_equal_keys_do_not_grow(beta):
     M = beta * np.tri(128, k=-1)
-    X = np.asarray(jax.jit(unit_lower.inverse)(jnp.asarray(M, jnp.float32)), np.float64)
+    X = np.asarray(jax.jit(tile_inverse.inverse)(jnp.asarray(M, jnp.float32)), np.float64)
     exact = np.linalg.inv(np.eye(128) + M)
     assert np.max(np.abs(X - exact)) < 1e-4
 

@@ -34,9 +34,10 @@ from seqlab.kernels.attention.xla import (
     blockwise,
 )
 from seqlab.kernels.on_tpu.call import VMEM, call
-from seqlab.kernels.on_tpu.tiles import LANES, column, columns_by_columns, product, rows_by_rows
+from seqlab.kernels.on_tpu.tiles import LANES, column
 from seqlab.kernels.platforms import Forms
 from seqlab.kernels.precision import widen
+from seqlab.kernels.tiles import columns_by_columns, product, rows_by_rows
 
 WIDTH = 16  # what keys and values are a multiple of: rows of a bfloat16 tile
 PAIRS = 2**16  # of blocks, for each of which there is one number in a memory of 1 MiB at most

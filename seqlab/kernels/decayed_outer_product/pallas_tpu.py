@@ -10,8 +10,9 @@ from seqlab.kernels.decay import chunk_length
 from seqlab.kernels.on_tpu import chunk_scan
 from seqlab.kernels.on_tpu.channel_decay import ChannelDecay
 from seqlab.kernels.on_tpu.head_decay import HeadDecay
-from seqlab.kernels.on_tpu.tiles import column, columns_by_columns, product, row, rows_by_rows
+from seqlab.kernels.on_tpu.tiles import column, row
 from seqlab.kernels.precision import widen
+from seqlab.kernels.tiles import columns_by_columns, product, rows_by_rows
 
 
 def chunked(q, k, v, log_decay, reset, state, *, chunk_size=64, normaliser=False, interpret=False):

@@ -16,9 +16,10 @@ from seqlab.kernels.diagonal_plus_low_rank import xla
 from seqlab.kernels.on_tpu import chunk_scan
 from seqlab.kernels.on_tpu.channel_decay import ChannelDecay
 from seqlab.kernels.on_tpu.head_decay import HeadDecay
-from seqlab.kernels.on_tpu.tiles import column, columns_by_columns, product, rows_by_rows
-from seqlab.kernels.on_tpu.unit_lower import inverse
+from seqlab.kernels.on_tpu.tiles import column
 from seqlab.kernels.precision import widen
+from seqlab.kernels.tile_inverse import inverse
+from seqlab.kernels.tiles import columns_by_columns, product, rows_by_rows
 
 OPERANDS = 5  # q, k, v, a, b
 

@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from seqlab.kernels.fused_rnn.cells import stepped
-from seqlab.kernels.on_tpu.tiles import product, rows_by_rows
 from seqlab.kernels.precision import widen
+from seqlab.kernels.tiles import product, rows_by_rows
 
 
 def forward(wx, reset, R, bias, *refs, cell, lies, leaves: int):

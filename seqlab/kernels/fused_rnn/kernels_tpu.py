@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 
 from seqlab.kernels.fused_rnn.cells import stepped
 from seqlab.kernels.fused_rnn.layout_tpu import Blocks
-from seqlab.kernels.on_tpu.tiles import columns_by_columns, product, rows_by_rows
 from seqlab.kernels.precision import widen
+from seqlab.kernels.tiles import columns_by_columns, product, rows_by_rows
 
 
 def forward(wx, reset, R, bias, *refs, blocks, cell, leaves):

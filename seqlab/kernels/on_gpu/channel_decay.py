@@ -17,8 +17,8 @@ from seqlab.kernels.on_gpu.chunks import Place, Sizes, loop, place
 from seqlab.kernels.on_gpu.couplings import Cotangents, Gradient, Prepared, through_states
 from seqlab.kernels.on_gpu.products import chosen_sums
 from seqlab.kernels.on_gpu.states import Operands
-from seqlab.kernels.on_tpu.tiles import columns_by_columns, places, product, rows_by_rows
 from seqlab.kernels.precision import widen
+from seqlab.kernels.tiles import columns_by_columns, places, product, rows_by_rows
 
 BLOCK = 16
 

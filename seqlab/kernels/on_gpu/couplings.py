@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from seqlab.kernels.on_gpu.chunks import Place, Sizes, loop, place
 from seqlab.kernels.on_gpu.products import exactly
 from seqlab.kernels.on_gpu.states import Operands
-from seqlab.kernels.on_tpu.tiles import places, rows_by_rows
+from seqlab.kernels.tiles import places, rows_by_rows
 
 
 class Prepared(NamedTuple):

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from seqlab.kernels.on_gpu.chunks import Sizes, loop, place
 from seqlab.kernels.on_gpu.couplings import Cotangents, Gradient, Prepared, through_states
 from seqlab.kernels.on_gpu.states import Operands
-from seqlab.kernels.on_tpu.tiles import columns_by_columns, places, product, rows_by_rows
+from seqlab.kernels.tiles import columns_by_columns, places, product, rows_by_rows
 
 
 def prepared(sizes: Sizes, q, k, log_decay, documents, erases: bool) -> Prepared:

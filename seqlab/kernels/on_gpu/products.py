@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqlab.kernels.on_tpu.tiles import product
+from seqlab.kernels.tiles import product
 
 
 def exactly(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from seqlab.kernels.on_gpu.chunks import Sizes, loop, place
-from seqlab.kernels.on_tpu.tiles import columns_by_columns, product
+from seqlab.kernels.tiles import columns_by_columns, product
 
 #: Numbers of a state that a program holds: 64 registers of each of its 128 threads.
 HELD = 8192

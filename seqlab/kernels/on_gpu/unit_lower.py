@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from seqlab.kernels.on_gpu.chunks import Sizes, loop, place
 from seqlab.kernels.on_gpu.products import exactly
-from seqlab.kernels.on_tpu.tiles import product
-from seqlab.kernels.on_tpu.unit_lower import inverse as inverse_on_tile
+from seqlab.kernels.tile_inverse import inverse as inverse_on_tile
+from seqlab.kernels.tiles import product
 
 BLOCK = 16
 

@@ -9,14 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from seqlab.kernels.on_tpu.tiles import (
-    column,
-    columns_by_columns,
-    places,
-    product,
-    rows_by_rows,
-)
+from seqlab.kernels.on_tpu.tiles import column
 from seqlab.kernels.precision import widen
+from seqlab.kernels.tiles import columns_by_columns, places, product, rows_by_rows
 
 
 class ChannelDecay:

@@ -10,14 +10,8 @@ Gradients of log decays come as what each decay acts on, [C, 1]: see `documents.
 
 import jax.numpy as jnp
 
-from seqlab.kernels.on_tpu.tiles import (
-    column,
-    columns_by_columns,
-    places,
-    product,
-    rows_by_rows,
-    running,
-)
+from seqlab.kernels.on_tpu.tiles import column, running
+from seqlab.kernels.tiles import columns_by_columns, places, product, rows_by_rows
 
 
 class HeadDecay:

@@ -13,8 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from seqlab.kernels.on_tpu.tiles import LANES, column, rows_by_rows
+from seqlab.kernels.on_tpu.tiles import LANES, column
 from seqlab.kernels.precision import widen
+from seqlab.kernels.tiles import rows_by_rows
 
 SUBLANES = 8
 #: The dt with which a document's first token decays what came before, to exactly 0; and the

@@ -1,4 +1,4 @@
-"""(I + M)^-1 for strictly lower triangular M, on a TPU: products of whole squares only.
+"""(I + M)^-1 for strictly lower triangular M, within a kernel: products of whole squares only.
 
 Blocks of 8 by a Neumann series, which is exact there and too short for its powers to grow; then
 blocks of 16, 32, ... of two inverses each, as [[A, 0], [C, B]]^-1 = [[A', 0], [-B' C A', B']].
@@ -8,7 +8,7 @@ pass in bfloat16 diverges where writes overshoot (beta near 2).
 
 import jax.numpy as jnp
 
-from seqlab.kernels.on_tpu.tiles import places, product
+from seqlab.kernels.tiles import places, product
 
 BLOCK = 8
 
