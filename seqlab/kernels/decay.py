@@ -31,31 +31,32 @@ class PairDecay(NamedTuple):
 
 
 def pair_decay(log_decay: jax.Array, sees: jax.Array) -> PairDecay:
-    """log_decay [B, H, C], C a multiple of 16; sees [B, C, C] as in `documents`"""
+    """log_decay [B, H, C], <= 0, C a multiple of 16; sees [B, C, C] as in `documents`"""
     B, H, C = log_decay.shape
     M = C // BLOCK
-    blocks = log_decay.reshape(B, H, M, BLOCK)
-    each = jnp.sum(blocks, -1)
-    later = np.tri(BLOCK)  # [i, t]: t <= i
-    before, after = np.tri(M, k=-1), np.tri(M, k=-1).T  # [m, l]: l < m; l > m
-    prefix = _sum("it,bhmt->bhmi", later, blocks)
-    suffix = _sum("jt,bhmt->bhmj", 1 - later, blocks)
-    within = _sum(
-        "tij,bhmt->bhmij", (later[:, None] * (1 - later)[None]).transpose(2, 0, 1), blocks
-    )
-    between = _sum("lmn,bhl->bhmn", (before[:, None] * after[None]).transpose(2, 0, 1), each)
-    apart = prefix[..., None, None] + between[:, :, :, None, :, None] + suffix[:, :, None, None]
+    inside, earlier = np.tri(BLOCK), np.tri(M, k=-1)
+    upto, behind, within = _sums(log_decay.reshape(B, H, M, BLOCK), inside, 1 - inside)
+    each = upto[..., -1]
+    before, after, between = _sums(each, earlier, earlier.T)
+    # exponentials of parts, not of every pair's sum: factors <= 1
+    across = jnp.exp(between)[:, :, :, None, :, None]
+    apart = jnp.exp(upto)[..., None, None] * across * jnp.exp(behind)[:, :, None, None]
     same_block = np.eye(M, dtype=bool)[:, None, :, None]
-    sums = jnp.where(same_block, within[:, :, :, :, None], apart)  # [B, H, M, 16, N, 16]
-    sees = sees.reshape(B, 1, M, BLOCK, M, BLOCK)
+    pairs = jnp.where(same_block, jnp.exp(within)[:, :, :, :, None], apart)  # [B, H, M, 16, N, 16]
     return PairDecay(
-        jnp.exp(jnp.where(sees, sums, -jnp.inf)).reshape(B, H, C, C),
-        (prefix + _sum("ml,bhl->bhm", before, each)[..., None]).reshape(B, H, C),
-        (suffix + _sum("ml,bhl->bhm", after, each)[..., None]).reshape(B, H, C),
+        jnp.where(sees[:, None], pairs.reshape(B, H, C, C), 0),
+        (upto + before[..., None]).reshape(B, H, C),
+        (behind + after[..., None]).reshape(B, H, C),
         jnp.sum(each, -1),
     )
 
 
-def _sum(equation: str, mask: np.ndarray, a: jax.Array) -> jax.Array:
-    """A masked sum as a product: exact up to its additions, on any precision setting."""
-    return jnp.einsum(equation, mask.astype(a.dtype), a, precision=jax.lax.Precision.HIGHEST)
+def _sums(a: jax.Array, first: np.ndarray, last: np.ndarray):
+    """Of a [..., n] the sums over t with first[i, t], over t with last[j, t], and over those with
+    both: [..., n], [..., n] and [..., i, j]. Masked sums as one product: exact up to its additions,
+    on any precision setting."""
+    n = len(first)
+    both = (first[:, None] * last[None]).reshape(n * n, n)
+    masks = np.concatenate([first, last, both]).T.astype(a.dtype)
+    sums = jnp.matmul(a, masks, precision=jax.lax.Precision.HIGHEST)
+    return sums[..., :n], sums[..., n : 2 * n], sums[..., 2 * n :].reshape(*a.shape, n)

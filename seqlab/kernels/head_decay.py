@@ -69,24 +69,24 @@ class HeadDecay:
 
     def read(self, x, S):
         """S^T x_i, decayed from the chunk's start"""
-        return self.start * dot("bgik,bgrkv->bgriv", x, S.astype(x.dtype))
+        return self.start * dot("bgrik,bgrkv->bgriv", self._each(x), S.astype(x.dtype))
 
     def read_gradient(self, x, S, d):
         """Cotangents of rows and state, and what the decays of reads act on."""
         d = (self.start * d).astype(x.dtype)
         dx = dot("bgriv,bgrkv->bgrik", d, S.astype(x.dtype))
-        dS = dot("bgik,bgriv->bgrkv", x, d)
+        dS = dot("bgrik,bgriv->bgrkv", self._each(x), d)
         return dx.sum(2), dS, self._gate(total(x[:, :, None] * dx))
 
     def write(self, y, v):
         """sum_j y_j v_j^T, decayed to the chunk's end"""
-        return dot("bgjk,bgrjv->bgrkv", y, (self.end * v).astype(y.dtype))
+        return dot("bgrjk,bgrjv->bgrkv", self._each(y), (self.end * v).astype(y.dtype))
 
     def write_gradient(self, y, v, D):
         """Cotangents of columns and values, and what the decays of writes act on."""
         D = D.astype(y.dtype)
         dy = dot("bgrjv,bgrkv->bgrjk", (self.end * v).astype(y.dtype), D)
-        dv = self.end * dot("bgjk,bgrkv->bgrjv", y, D)
+        dv = self.end * dot("bgrjk,bgrkv->bgrjv", self._each(y), D)
         return dy.sum(2), dv, self._gate(total(y[:, :, None] * dy))
 
     def log_decay_gradient(self, pairs, writes, S, D):
@@ -100,6 +100,11 @@ class HeadDecay:
         a = self._joined(a)
         a = a.reshape(*a.shape[:2], -1, self.size).sum(2)
         return jnp.swapaxes(a, 1, 2)[..., None]
+
+    def _each(self, a):
+        """[B, G, X C, K] -> [B, G, R, X C, K]"""
+        shape = *a.shape[:2], self.whole.shape[2], *a.shape[2:]
+        return jnp.broadcast_to(a[:, :, None], shape)
 
     def _split(self, a):
         """[B, H, ...] -> [B, G, R, ...]"""
