@@ -26,6 +26,7 @@ B, T, D, ROUNDS = 2, 1024, 512, 5
 #: Sizes that suit the width better than the defaults, which are tiny.
 FIELDS = {
     "attention": {"heads": 8, "max_length": T},
+    "learned_positions": {"max_length": T},
     "mamba2": {"head_dim": 64, "d_state": 128},
     "mla": {"max_length": T},
     "zamba2": {"max_length": T},
