@@ -9,7 +9,7 @@ The teacher is a transformer over bytes, behind one short convolution: with it, 
 out sooner. It learns that from short pieces of text said over and over, then from lines of a table
 with little between them, then far from one another; then it reads the standard library's sources,
 and in a tenth of its rows such lines. It is trained once and stays in runs/linearize_demo/teacher;
-students are made anew.
+students are made anew. A demo, not a test: what its claims come to is printed, and it exits with 0.
 """
 
 import dataclasses
@@ -63,6 +63,7 @@ WINDOW, SINKS, LENGTH = 64, 4, 1024  # tokens
 HELD_OUT_ROWS = 16
 CONTEXTS = 1024, 8192  # tokens read before decoding is timed
 RECOVERED = dict.fromkeys(("liger", "lolcats", "lizard_rope"), 0.95)  # at least
+KNOWN = 0.5  # of the teacher's recall, below which a student's says nothing
 ABOVE = 0.25  # by which some recall beyond the window is above the untrained window's
 MINUTES = 15
 TOKENS, MORE = 400_000, 1_000_000  # a stage
@@ -110,10 +111,12 @@ def main(options: list[str]) -> int:
             rows[-1]["recovered"] = rows[0]["perplexity"] / rows[-1]["perplexity"]
             say(f"{name}, {summary(rows[-1])},")
     if long:
-        return record.record("linearize_long", rows, recovered(rows))
+        record.record("linearize_long", rows, recovered(rows))
+        return 0
     for folder in (OUT, DOCS):
         pictures.draw(folder, rows)
-    return record.record("linearize", rows, [*recovered(rows), *recalled(rows), within(minutes())])
+    record.record("linearize", rows, [*recovered(rows), *recalled(rows), within(minutes())])
+    return 0
 
 
 def taught() -> tuple[lm.LM, Data]:
@@ -228,6 +231,8 @@ def recalled(rows: list[dict]) -> list[record.Claim]:
     by_name = {row["method"]: row for row in rows}
     made = []
     for distance in recall.DISTANCES[1:]:
+        if by_name["teacher"][f"recall {distance}"] < KNOWN:
+            continue
         of = lambda name, distance=distance: by_name[name][f"recall {distance}"]
         best, alone = max(STUDENTS, key=of), of("swa_sink")
         says = f"recall over {distance}: {best} well above the untrained window and sinks"

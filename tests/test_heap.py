@@ -43,6 +43,29 @@ def test_memory_freed_by_one_step_serves_the_next():
     assert fewest("kept") < 500
 
 
+KEPT = """
+import pathlib
+from seqlab import heap
+heap.DEVICES = pathlib.Path("/none")
+assert heap.keep()
+held = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+blocks = [bytearray(b"x" * 50_000) for _ in range(2_000)]
+full = held()
+del blocks
+freed = held()
+heap.trim()
+print(full - freed, full - held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how glibc allocates")
+def test_what_is_free_goes_back_when_it_is_asked_for():
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept, trimmed = map(int, done.stdout.split())
+    assert kept < 20e6 and trimmed > 80e6
+
+
 def test_a_machine_with_an_accelerator_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(heap, "DEVICES", tmp_path)
     (tmp_path / "nvidia0").touch()
