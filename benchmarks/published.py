@@ -156,7 +156,9 @@ def their_passes(
 
     passes = {"forward": forward, "forward and backward": both}
     try:
-        return passes | {"decode": their_decoding(model, ids[:, : length // 2])}
+        decode = their_decoding(model, ids[:, : length // 2])
+        decode()
+        return passes | {"decode": decode}
     except ValueError as why:  # xLSTM in the mode that trains
         print(f"{type(model).__name__} does not decode: {why}", flush=True)
         return passes
