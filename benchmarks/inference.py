@@ -16,6 +16,7 @@ from seqlab.bench import timing
 from seqlab.infer.session import Session
 
 NAMES, LAYERS, LENGTH, ROUNDS = ("llama", "mamba2"), 6, 2048, 5
+STEPS = 64  # a block of a session, unless it is told otherwise
 
 
 def main(names: list[str]) -> int:
@@ -30,22 +31,19 @@ def measure(name: str, layers: int, length: int) -> list[dict]:
     if pair is None:
         return []
     ours, theirs = our(pair.ours, length), their(pair.theirs, length)
-    rounds = {aims.PREFILL: ROUNDS, aims.DECODE: 40}
-    return [
-        record.raced(name, "transformers", w, length, ours[w], theirs[w], rounds[w]) for w in ours
-    ]
+    return [record.raced(name, "transformers", w, length, ours[w], theirs[w], ROUNDS) for w in ours]
 
 
 def our(model, length: int) -> dict[str, timing.Work]:
-    """Reading a prompt, and published.STEPS of decoding after one."""
+    """Reading a prompt, and STEPS of decoding after one."""
     ids = published.tokens(1, length)[:, :-1]
-    session = Session(model, block=published.STEPS)
+    session = Session(model)
     session.feed(ids)
 
     def prefill() -> None:
         Session(model).feed(ids)
 
-    return {aims.PREFILL: prefill, aims.DECODE: lambda: session.complete(published.STEPS)}
+    return {aims.PREFILL: prefill, aims.DECODE: lambda: session.complete(STEPS)}
 
 
 def their(model, length: int) -> dict[str, timing.Work]:
@@ -55,7 +53,7 @@ def their(model, length: int) -> dict[str, timing.Work]:
         with torch.no_grad():
             model(input_ids=ids, use_cache=True)
 
-    return {aims.PREFILL: prefill, aims.DECODE: published.their_decoding(model, ids)}
+    return {aims.PREFILL: prefill, aims.DECODE: published.their_decoding(model, ids, STEPS)}
 
 
 if __name__ == "__main__":

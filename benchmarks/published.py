@@ -164,8 +164,10 @@ def their_passes(
         return passes
 
 
-def their_decoding(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[], object]:
-    """STEPS tokens after a prompt [B, T], greedily."""
+def their_decoding(
+    model: torch.nn.Module, prompt: torch.Tensor, count: int = STEPS
+) -> Callable[[], object]:
+    """So many tokens after a prompt [B, T], greedily."""
     with torch.no_grad():
         first = model(input_ids=prompt, use_cache=True)
     cache = "past_key_values" if "past_key_values" in first else "cache_params"
@@ -173,7 +175,7 @@ def their_decoding(model: torch.nn.Module, prompt: torch.Tensor) -> Callable[[],
     def steps():  # the cache is written in place; attention's grows by a token at a time
         token = prompt[:, :1]
         with torch.no_grad():
-            for _ in range(STEPS):
+            for _ in range(count):
                 out = model(input_ids=token, use_cache=True, **{cache: first[cache]})
                 token = out.logits[:, -1:].argmax(-1)
 
