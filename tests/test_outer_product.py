@@ -11,7 +11,7 @@ from jax import lax
 from seqlab.conformance.tolerance import GRADIENT, assert_close
 from seqlab.kernels.decayed_outer_product import decayed_outer_product, read_before_write
 
-B, T, H, K, V = 2, 40, 2, 8, 8
+B, T, H, K, V = 2, 90, 2, 8, 8  # six chunks of 16, which run two at a time
 
 
 def tokens(channels, gates):
@@ -85,7 +85,7 @@ def test_a_normaliser_of_bfloat16_values_is_float32():
     q, k, v, log_decay, reset = (jnp.asarray(a) for a in tokens(1, usual))
     q, k, v = (a.astype(jnp.bfloat16) for a in (q, k, v))
     state = jnp.zeros((B, H, K, V + 1), jnp.float32)
-    for T in (1, 40):
+    for T in (1, 90):
         cut = (a[:, :T] for a in (q, k, v, log_decay.astype(jnp.float32), reset))
         (y, norm), after = decayed_outer_product(*cut, state, normaliser=True)
         assert (y.dtype, norm.dtype, after.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)

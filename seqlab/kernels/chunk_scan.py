@@ -74,12 +74,13 @@ class InXLA(NamedTuple):
     def keeping(self, tokens, state):
         part, padded, weights = self._part(tokens)
         (y, state), (_, _, entering) = _forward(part, padded, weights, state)
+        entering = _regrouped(entering, (-1, len(tokens[0])))
         return (self.finished(y[:, : tokens[0].shape[1]], *tokens), state), entering
 
     def backward(self, tokens, entering, d_y, d_state):
         part, padded, weights = self._part(tokens)
         dy = _padded(self.turned(d_y), self.size)
-        saved = padded, weights, entering
+        saved = padded, weights, _regrouped(entering, (part.stop, -1))
         d_tokens, d_weights, d_state = _backward(part, saved, (dy, d_state))
         given = lambda d, a: None if d is None else d[tuple(map(slice, a.shape))].astype(a.dtype)
         return tuple(map(given, (*d_tokens, *d_weights), tokens)), d_state
@@ -185,6 +186,11 @@ def _joined(chunks):
     """[N, B, C, ...] -> [B, N * C, ...]"""
     whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
     return jax.tree.map(whole, chunks)
+
+
+def _regrouped(entering, shape: tuple[int, int]):
+    """States by steps and rows, a step of chunks that run together having rows for each of them."""
+    return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[2:]), entering)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

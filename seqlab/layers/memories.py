@@ -65,11 +65,11 @@ class Kind(nnx.Module):
 
 
 class Linear(Kind):
-    recurrence, chunk = decayed_outer_product, OuterProduct
+    recurrence, chunk = decayed_outer_product, OuterProduct()
 
 
 class GatedLinear(Kind):
-    recurrence, chunk = decayed_outer_product, OuterProduct
+    recurrence, chunk = decayed_outer_product, OuterProduct()
 
     def __init__(self, count, d_model, shape, rngs):
         self.shape, d_k = shape, shape[0] * shape[1]
@@ -92,7 +92,7 @@ class GatedLinear(Kind):
 
 
 class SSD(Kind):
-    recurrence, chunk = decayed_outer_product, OuterProduct
+    recurrence, chunk = decayed_outer_product, OuterProduct()
 
     def __init__(self, count, d_model, shape, rngs):
         self.shape = shape

@@ -10,7 +10,7 @@ def by_platform(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, norma
     """The definition's arguments and results: kernels where they suit, and `xla` elsewhere."""
     tokens, size = (q, k, v, widen(log_decay), reset), chunk_length(q, chunk_size)
     forms = platforms.Forms(
-        xla.form(size, normaliser),
+        xla.form(v, size, normaliser),
         tpu=pallas_tpu.form(tokens, state, size, normaliser),
         gpu=pallas_gpu.form(tokens, size),
     )

@@ -15,6 +15,9 @@ Within a chunk, with G the inclusive cumulative log decay, Gamma its last row an
 How scores, reads and writes are formed depends on the decay: see `HeadDecay` and `ChannelDecay`.
 """
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -25,14 +28,17 @@ from seqlab.kernels.head_decay import HeadDecay
 from seqlab.kernels.precision import dot, widen
 from seqlab.parallel.transitions import Diagonal
 
+#: Products of so many heads, or so many heads' chunks, occupy a processor.
+AT_ONCE = 32
+
 
 def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
     """The definition's arguments and results; any T, any decay from -1e-6 to -80 and beyond."""
     tokens = (q, k, v, log_decay, reset)
-    return form(chunk_length(q, chunk_size), normaliser).run(tokens, state)
+    return form(v, chunk_length(q, chunk_size), normaliser).run(tokens, state)
 
 
-def form(size: int, normaliser: bool) -> chunk_scan.InXLA:
+def form(v, size: int, normaliser: bool) -> chunk_scan.InXLA:
     """The same for chunks of a length, as `platforms.scan` takes it."""
 
     def prepared(q, k, v, log_decay, reset):
@@ -44,7 +50,9 @@ def form(size: int, normaliser: bool) -> chunk_scan.InXLA:
     def turned(d_y):
         return jnp.concatenate([widen(d_y[0]), d_y[1][..., None]], -1) if normaliser else widen(d_y)
 
-    return chunk_scan.InXLA(OuterProduct, size, prepared, finished, turned)
+    B, T, H, _ = v.shape
+    together = math.gcd(-(-T // size), 1 << max(AT_ONCE // (B * H), 1).bit_length() - 1)
+    return chunk_scan.InXLA(OuterProduct(size), size * together, prepared, finished, turned)
 
 
 def transition(
@@ -52,7 +60,7 @@ def transition(
 ) -> Diagonal:
     """What these tokens do to the state that enters them."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
-    return chunk_scan.transition(OuterProduct, tokens, chunk_length(q, chunk_size))
+    return chunk_scan.transition(OuterProduct(), tokens, chunk_length(q, chunk_size))
 
 
 def apart(
@@ -61,7 +69,7 @@ def apart(
     """See `recurrence`: what a state brings is one product more."""
     tokens = (q, k, written(v, normaliser), widen(log_decay), reset)
     size = chunk_length(q, chunk_size)
-    found = chunk_scan.apart(OuterProduct, tokens, nothing, size, hops, _remembered)
+    found = chunk_scan.apart(OuterProduct(), tokens, nothing, size, hops, _remembered)
     if found is None:
         return None
     return found._replace(finish=lambda *results: read(found.finish(*results), v, normaliser))
@@ -89,49 +97,88 @@ def read(y: jax.Array, v: jax.Array, normaliser: bool):
     return y[..., :-1].astype(v.dtype), y[..., -1]
 
 
-class OuterProduct:
-    """One chunk: q, k [B, C, G, K], v [B, C, H, V], log_decay [B, C, H, 1 or K], S [B, H, K, V]."""
+class OuterProduct(NamedTuple):
+    """Chunks of `size` tokens, or one of all, at once but for the states between them: q, k
+    [B, N size, G, K], v [B, N size, H, V], log_decay [B, N size, H, 1 or K], S [B, H, K, V]. What
+    is kept are the states that enter them, [N B, H, K, V]."""
 
-    @staticmethod
-    def forward(q, k, v, log_decay, reset, S):
-        c = _Chunk(q, k, v, log_decay, reset)
-        S = c.decay.state(S)
-        y = c.decay.read(c.q, S) + dot("bgrij,bgrjv->bgriv", c.A.astype(v.dtype), c.v)
-        S = c.decay.whole * S + c.decay.write(c.k, c.v)
-        return c.decay.of_values(y), c.decay.of_state(S)
+    size: int | None = None
 
-    @staticmethod
-    def transition(q, k, v, log_decay, reset) -> Diagonal:
-        c = _Chunk(q, k, v, log_decay, reset)
+    def forward(self, q, k, v, log_decay, reset, S):
+        c = _Chunks(self.size, q, k, v, log_decay, reset)
+        entering, S = c.states(c.decay.state(S))
+        y = c.decay.read(c.q, entering) + dot("bgrij,bgrjv->bgriv", c.A.astype(v.dtype), c.v)
+        return c.in_order(c.decay.of_values(y)), c.decay.of_state(S)
+
+    def keep(self, q, k, v, log_decay, reset, S):
+        c = _Chunks(self.size, q, k, v, log_decay, reset)
+        entering, _ = c.states(c.decay.state(S))
+        return _turned(c.decay.of_state(entering), len(S))
+
+    def transition(self, q, k, v, log_decay, reset) -> Diagonal:
+        c = _Chunks(self.size, q, k, v, log_decay, reset)  # of one chunk
         return Diagonal(c.decay.of_state(c.decay.whole), c.decay.of_state(c.decay.write(c.k, c.v)))
 
-    @staticmethod
-    def backward(q, k, v, log_decay, reset, S, dy, D):
+    def backward(self, q, k, v, log_decay, reset, entering, dy, D):
         """Cotangents of q, k, v, log_decay and S from those of y and the next state."""
-        c = _Chunk(q, k, v, log_decay, reset)
-        S, D = c.decay.state(S), c.decay.state(D)
-        dy = c.decay.values(dy)
+        c = _Chunks(self.size, q, k, v, log_decay, reset)
+        S = c.decay.state(_turned(entering, c.number))
+        dy = c.decay.values(c.apart(dy))
         few = dy.astype(v.dtype)
         dA = dot("bgriv,bgrjv->bgrij", few, c.v)
         dq, dk, pairs = c.decay.scores_gradient(c.q, c.k, c.A, dA)
         dq_read, dS, reads = c.decay.read_gradient(c.q, S, dy)
-        dk_write, dv, writes = c.decay.write_gradient(c.k, c.v, D)
+        leaving, D = c.cotangents(dS, c.decay.state(D))
+        dk_write, dv, writes = c.decay.write_gradient(c.k, c.v, leaving)
         dv += dot("bgrij,bgriv->bgrjv", c.A.astype(v.dtype), few)
-        return (
-            c.decay.of_keys(dq + dq_read, q),
-            c.decay.of_keys(dk + dk_write, k),
+        tokens = (
+            c.decay.of_keys(dq + dq_read, c.apart(q)),
+            c.decay.of_keys(dk + dk_write, c.apart(k)),
             c.decay.of_values(dv),
-            c.decay.log_decay_gradient(pairs + reads, writes, S, D),
-            None,
-            c.decay.of_state(dS + c.decay.whole * D),
+            c.decay.log_decay_gradient(pairs + reads, writes, S, leaving),
         )
+        return *map(c.in_order, tokens), None, c.decay.of_state(D)
 
 
-class _Chunk:
-    """What the forward and the backward pass of one chunk both need, in the layouts of `decay`."""
+class _Chunks:
+    """What the forward and the backward pass both need, in the layouts of `decay`; chunks are
+    further rows of the batch."""
 
-    def __init__(self, q, k, v, log_decay, reset):
+    def __init__(self, size: int | None, *tokens):
+        self.number = tokens[0].shape[1] // size if size else 1
+        q, k, v, log_decay, reset = map(self.apart, tokens)
         kind = HeadDecay if log_decay.shape[-1] == 1 else ChannelDecay
         self.decay = kind(log_decay, reset, k.shape[2], rows=1, columns=1)
         self.q, self.k, self.v = self.decay.keys(q), self.decay.keys(k), self.decay.values(v)
         self.A = self.decay.scores(self.q, self.k)
+
+    def apart(self, a):
+        """[B, N C, ...] -> [B N, C, ...]"""
+        return a.reshape(a.shape[0] * self.number, -1, *a.shape[2:])
+
+    def in_order(self, a):
+        """[B N, C, ...] -> [B, N C, ...]"""
+        return a.reshape(a.shape[0] // self.number, -1, *a.shape[2:])
+
+    def states(self, S):
+        """Those that enter the chunks, as rows of the batch, and the one that leaves the last."""
+        return self._carried(S, self.decay.write(self.k, self.v), range(self.number))
+
+    def cotangents(self, dS, D):
+        """Those of the states that leave the chunks, and of the one that enters the first, from
+        what each chunk's reads add to that of what enters it."""
+        return self._carried(D, dS, range(self.number)[::-1])
+
+    def _carried(self, S, more, order):
+        """What each chunk is given, where it hands on whole * S + more."""
+        at = lambda a, n: a.reshape(-1, self.number, *a.shape[1:])[:, n]
+        given = {}
+        for n in order:
+            given[n], S = S, at(self.decay.whole, n) * S + at(more, n)
+        stacked = jnp.stack([given[n] for n in range(self.number)], 1)
+        return stacked.reshape(-1, *stacked.shape[2:]), S
+
+
+def _turned(a, n: int):
+    """[m n, ...] -> [n m, ...]"""
+    return jnp.swapaxes(a.reshape(-1, n, *a.shape[1:]), 0, 1).reshape(a.shape)
