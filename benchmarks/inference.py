@@ -4,6 +4,7 @@
 
 Six layers of width 512, one row, a prompt of 2,048 tokens, float32 on the CPU, in turns. Raced are
 those that transformers reads faster than token by token, and decodes without packages of kernels.
+Attention has room for what is read and written here; a step reads all of it, filled or not.
 """
 
 import sys
@@ -17,6 +18,7 @@ from seqlab.infer.session import Session
 
 NAMES, LAYERS, LENGTH, ROUNDS = ("llama", "mamba2"), 6, 2048, 5
 STEPS = 64  # a block of a session, unless it is told otherwise
+ROOM = LENGTH + 8 * STEPS
 
 
 def main(names: list[str]) -> int:
@@ -27,7 +29,7 @@ def main(names: list[str]) -> int:
 
 
 def measure(name: str, layers: int, length: int) -> list[dict]:
-    pair = published.pair(name, layers, 2 * length)
+    pair = published.pair(name, layers, ROOM)
     if pair is None:
         return []
     ours, theirs = our(pair.ours, length), their(pair.theirs, length)
