@@ -28,8 +28,8 @@ from seqlab.kernels.head_decay import HeadDecay
 from seqlab.kernels.precision import dot, widen
 from seqlab.parallel.transitions import Diagonal
 
-#: Products of so many heads, or so many heads' chunks, occupy a processor.
-AT_ONCE = 32
+#: Products of so many heads occupy a processor; of fewer heads, some chunks run together.
+HEADS, MOST_TOGETHER = 32, 4
 
 
 def chunked(q, k, v, log_decay, reset, state, *, chunk_size: int = 64, normaliser: bool = False):
@@ -51,7 +51,8 @@ def form(v, size: int, normaliser: bool) -> chunk_scan.InXLA:
         return jnp.concatenate([widen(d_y[0]), d_y[1][..., None]], -1) if normaliser else widen(d_y)
 
     B, T, H, _ = v.shape
-    together = math.gcd(-(-T // size), 1 << max(AT_ONCE // (B * H), 1).bit_length() - 1)
+    spare = max(HEADS // (B * H), 1)
+    together = math.gcd(-(-T // size), min(1 << spare.bit_length() - 1, MOST_TOGETHER))
     return chunk_scan.InXLA(OuterProduct(size), size * together, prepared, finished, turned)
 
 
