@@ -18,7 +18,7 @@ from seqlab.infer.session import Session
 
 NAMES, LAYERS, LENGTH, ROUNDS = ("llama", "mamba2"), 6, 2048, 5
 STEPS = 64  # a block of a session, unless it is told otherwise
-ROOM = LENGTH + 8 * STEPS
+ROOM = LENGTH + 8 * STEPS  # of all rounds, and a little more
 
 
 def main(names: list[str]) -> int:

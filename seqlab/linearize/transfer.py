@@ -65,9 +65,7 @@ class _Watched(Mixer):
 
     def __init__(self, teacher: Any, student: Any):
         self.teacher, self.student = teacher, student
-        self.shares = (
-            student.shares
-        )  # of what layers share: the teacher's have nothing to do with it
+        self.shares = student.shares  # of the student's layers: the teacher's have none of it
 
     def init_state(self, batch: int):
         return self.teacher.init_state(batch)
