@@ -1,15 +1,23 @@
 """What attention keeps of the tokens it may still see, in slots whose number never grows."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from seqlab.kernels.attention import attention_with_lse
 from seqlab.layers.document_length import refuse_overflow
 from seqlab.parallel.halo import with_halo
 
 Pair = tuple[jax.Array, jax.Array]
+
+
+class Tokens(NamedTuple):
+    arrays: Any  # of [B, S, ...]
+    position: jax.Array  # [B, S]
+    document: jax.Array  # [B, S], -1 for none
 
 
 class Ring(NamedTuple):
@@ -52,51 +60,68 @@ class Ring(NamedTuple):
         held = jnp.where(slot < fixed, slot, last - (last - slot) % max(ring, 1))
         return jnp.where((held >= jnp.minimum(slot, fixed)) & (held <= last), held, -1)
 
-    def places(self, start: jax.Array, position: jax.Array, reset: jax.Array) -> tuple:
-        """Position and document of T tokens, [B, T] each, and of what the slots hold, [B, slots]
-        each, as `kernels.attention` takes them.
+    def take(self, old: Any, new: Any, start, position, reset) -> tuple[Pair, Tokens, Any, Any]:
+        """Position and document of T tokens, [B, T] each; what they may see, in the dtype of `new`;
+        what more of the past, or None; and the slots after them.
 
-        start [B], where the state stands; position, reset [B, T].
+        old, new: arrays [B, slots, ...] and [B, T, ...], or trees of them; start [B], where the
+        state stands; position, reset [B, T]. A step (T == 1) is written to its slot, finds itself
+        among the slots and has no other past: all of them are read once and none is moved.
         """
-        held = self.held(start)
         document = jnp.cumsum(reset, 1, dtype=jnp.int32)  # what the state holds is document 0
-        return (position, document), (held, jnp.where(held < 0, -1, 0))
+        if position.shape[1] == 1:
+            kept, held = (
+                self._put(old, new, position[:, 0], reset[:, 0]),
+                self.held(position[:, 0] + 1),
+            )
+            arrays = jax.tree.map(lambda a, new: a.astype(new.dtype), kept, new)
+            tokens, past = Tokens(arrays, held, jnp.where(held < 0, -1, document)), None
+        else:
+            tokens, held = Tokens(new, position, document), self.held(start)
+            past = Tokens(old, held, jnp.where(held < 0, -1, 0))
+            kept = self._kept(old, new, position[:, -1] + 1)
+        return (position, document), tokens, past, kept
 
-    def attend(self, q, k, v, kept: Pair, places: tuple, **options) -> tuple[Pair, Pair]:
-        """What T queries see of the tokens that come with them and of those `kept`, and what is
-        kept then.
+    def attend(self, q, k, v, old: Pair, start, position, reset, **options) -> tuple[Pair, Pair]:
+        """What T queries see of the tokens that come with them and of those kept before, and what
+        is kept then.
 
-        q [B, T, H, K]; k, v [B, T, G, K]; kept: k and v [B, slots, G, K]; `places` of these tokens;
-        options of `kernels.attention`, which says what is returned of the queries.
+        q [B, T, H, K]; k, v [B, T, G, K]; old, start, position, reset as `take` has them; options
+        of `kernels.attention`, which says what is returned of the queries.
         """
-        at, held = places
+        at, tokens, past, kept = self.take(old, (k, v), start, position, reset)
+        past = past and (*past.arrays, *past[1:])
         sight = {"window": self.window, "sinks": self.sinks}
-        seen = attention_with_lse(q, k, v, *at, *at, past=(*kept, *held), **sight, **options)
-        return seen, self.keep(kept, (k, v), at[0][:, -1] + 1)
+        keys = *tokens.arrays, *at, *tokens[1:]
+        return attention_with_lse(q, *keys, past=past, **sight, **options), kept
 
-    def keep(self, old: Any, new: Any, position: jax.Array) -> Any:
-        """The slots after new tokens, of which `position` [B] is the end.
-
-        old, new: arrays [B, slots, ...] and [B, T, ...], or trees of them; as `old` in dtype.
-        """
+    def _kept(self, old: Any, new: Any, position: jax.Array) -> Any:
+        """The slots after new tokens, of which `position` [B] is the end; `old` in dtype."""
         held = self.held(position)  # [B, slots]
 
         def update(old, new):
             # a token keeps its slot while held, so what is not new already lies where it should
             over = (..., *(None,) * (old.ndim - 2))
             at = (new.shape[1] - (position[:, None] - held))[over]
-            if new.shape[1] > 1:
-                new = jnp.take_along_axis(new, at.clip(0), 1, mode="clip")
-            new = new.astype(old.dtype)
+            new = jnp.take_along_axis(new, at.clip(0), 1, mode="clip").astype(old.dtype)
             return jnp.where(held[over] < 0, 0, jnp.where(at < 0, old, new))
 
         return jax.tree.map(update, old, new)
+
+    def _put(self, old: Any, new: Any, position: jax.Array, reset: jax.Array) -> Any:
+        """The slots after one token, [B, 1, ...] at `position` [B]. No slot but its own is written,
+        and the others are cleared at a `reset` [B] alone."""
+        fixed, ring = self._parts
+        turn = fixed + (position - fixed) % max(ring, 1)
+        slot = jnp.where(position < fixed, position, turn) if ring else position
+        put = lambda old, new: _put(old, new.astype(old.dtype), slot, reset)
+        return jax.tree.map(put, old, new)
 
     def before(self, old: Any, start: jax.Array, few: int | None = None) -> Any:
         """The `window` tokens before the next, or the first few of them, in order [B, few, ...];
         anything where there are none, or they are sinks.
 
-        old: arrays [B, slots, ...] as `keep` has them, or trees of them; start [B].
+        old: arrays [B, slots, ...] as `take` has them, or trees of them; start [B].
         """
         fixed, ring = self._parts
         place = start[:, None] - ring + jnp.arange(few or ring, dtype=jnp.int32)
@@ -108,7 +133,7 @@ class Ring(NamedTuple):
         """The token that each of T tokens takes the slot from, [B, T, ...], and whether there is
         one, [B, T]: nothing sees it from then on.
 
-        old, new: as `keep` has them; start [B], position [B, T]: as `places` has them.
+        old, new: as `take` has them; start [B], position [B, T]: as `take` has them.
         """
         fixed, ring = self._parts
         last = lambda new: new[:, -ring:]
@@ -126,6 +151,36 @@ class Ring(NamedTuple):
         if self.limit is None:
             return y
         return jnp.where((position < self.limit)[..., None], y, jnp.nan)
+
+
+@jax.custom_jvp
+def _put(old: jax.Array, new: jax.Array, slot: jax.Array, reset: jax.Array) -> jax.Array:
+    """old [B, slots, ...], 0 where `reset` [B] says so, with new [B, 1, ...] in slot [B], or in the
+    last one if there is no such slot: then the document is too long, and nothing of it is read.
+
+    Loops of as many turns as it takes, none or one, since XLA writes what they carry where it lies.
+    It copies what a `cond` may change, and a single row that is changed outside of any loop.
+    """
+    clear = lambda _, a: jnp.where(_beside(reset, a), 0, a)
+    old = lax.fori_loop(0, jnp.any(reset).astype(int), clear, old)
+    if len(slot) > 1:
+        put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
+        return jax.vmap(put)(old, new, slot)
+    put = lambda _, a: lax.dynamic_update_slice_in_dim(a, new, slot[0], 1)
+    return lax.fori_loop(0, (slot[0] < old.shape[1]).astype(int), put, old)
+
+
+@_put.defjvp
+def _put_jvp(primals, tangents):
+    old, _, slot, reset = primals
+    here = _beside(jnp.arange(old.shape[1]) == slot[:, None], old)
+    d_old = jnp.where(_beside(reset, old), 0, tangents[0])
+    return _put(*primals), jnp.where(here, tangents[1], d_old)
+
+
+def _beside(flags: jax.Array, a: jax.Array) -> jax.Array:
+    """Flags [B] or [B, slots] as they stand beside [B, slots, ...]."""
+    return flags.reshape(*flags.shape, *(1,) * (a.ndim - flags.ndim))
 
 
 def _later(new: jax.Array, before: jax.Array) -> Pair:

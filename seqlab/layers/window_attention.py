@@ -60,9 +60,9 @@ class WindowAttention(nnx.Module):
         c, position = self.config, positions(reset, state.position)
         q, k, v = (heads(project(x), c.heads) for project in (self.q, self.k, self.v))
         turned = lambda a: a if c.rope_base is None else rope(a, position, c.rope_base)
-        places = self.ring.places(state.position, position, reset)
-        kept, run = (state.k, state.v), c.implementation
-        seen, kept = self.ring.attend(turned(q), turned(k), v, kept, places, implementation=run)
+        past = (state.k, state.v), state.position, position, reset
+        run = c.implementation
+        seen, kept = self.ring.attend(turned(q), turned(k), v, *past, implementation=run)
         y = merge(self.persistent(*seen, q, self.k, self.v))
         return y, State(*kept, position[:, -1] + 1)
 

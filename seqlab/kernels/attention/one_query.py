@@ -3,16 +3,49 @@
 All there is to it is reading keys and values once, as they lie in a state. Products head by head
 would first move them, a head's tokens together. So the queries of all heads stand in one matrix,
 each among zeros where the keys of other heads lie: G times as many multiplications, for free.
-And the keys of the state and the token's own are never joined: only their scores are.
+The keys of the state and the token's own are never joined: what is seen of them is. And of a long
+state no more is read than is filled.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
 from seqlab.kernels.soft_cap import soft_cap
+
+SPAN = 256
+
+
+class Look(NamedTuple):
+    """Who sees whom, and how."""
+
+    window: int | None
+    sinks: int
+    causal: bool
+    scale: float
+    cap: float | None
+
+
+class Query(NamedTuple):
+    q: jax.Array  # [B, H, G * K], zeros at the keys of other heads
+    position: jax.Array  # [B, 1]
+    document: jax.Array  # [B, 1]
+
+
+class Keys(NamedTuple):
+    k: jax.Array  # [B, S, G * K]
+    v: jax.Array  # [B, S, G * V]
+    position: jax.Array  # [B, S]
+    document: jax.Array  # [B, S]
+
+
+class Seen(NamedTuple):
+    y: jax.Array  # [B, H, G * V], float32 or wider
+    lse: jax.Array  # [B, H], EMPTY where nothing is seen
 
 
 def one_query(
@@ -30,26 +63,62 @@ def one_query(
     queries  q [B, 1, H, K] and its position and document
     keys     k, v, position, document; once or more, of any numbers of tokens
     """
-    q, q_position, q_document = queries
+    q, *at = queries
     (B, _, H, K), (G, V) = q.shape, keys[0][1].shape[2:]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
     own = jnp.repeat(jnp.eye(G, dtype=q.dtype), H // G, 0)  # [H, G], its key head
-    spread = (q[:, 0, :, None] * own[..., None]).reshape(B, H, G * K)
-
-    def scores(k, _, k_position, k_document):
-        k = k.reshape(B, -1, G * K)
-        scores = jnp.einsum("bsk,bhk->bhs", k, spread, preferred_element_type=wide)
-        sees = visible(q_position, q_document, k_position, k_document, window, sinks, causal)
-        return jnp.where(sees[:, None], soft_cap(scores * scale, cap), MASKED)
-
-    def read(weights, v):
-        v = v.reshape(B, -1, G * V)
-        return jnp.einsum("bhs,bsv->bhv", weights.astype(v.dtype), v, preferred_element_type=wide)
-
-    each = [scores(*some) for some in keys]
-    lse = [jax.nn.logsumexp(some, -1) for some in each]
-    lse = jnp.maximum(jax.nn.logsumexp(jnp.stack(lse), 0), EMPTY)  # [B, H]
-    weights = [jnp.exp(some - lse[..., None]) for some in each]  # 0 where masked
-    y = jnp.stack([read(w, v) for w, (_, v, *_) in zip(weights, keys, strict=True)]).sum(0)
-    y = jnp.einsum("bhgv,hg->bhv", y.reshape(B, H, G, V), own.astype(wide))
+    query = Query((q[:, 0, :, None] * own[..., None]).reshape(B, H, G * K), *at)
+    look = Look(window, sinks, causal, scale, cap)
+    flat = lambda a: a.reshape(*a.shape[:2], -1)
+    each = [Keys(flat(k), flat(v), *k_at) for k, v, *k_at in keys]
+    y, lse = functools.reduce(
+        _joined, ((_in_spans if k.k.shape[1] > SPAN else _seen)(look, query, k) for k in each)
+    )
+    y = jnp.einsum("bhgv,hg->bhv", y.reshape(B, H, G, V), own.astype(y.dtype))
     return y[:, None].astype(q.dtype), lse[:, None]
+
+
+def _seen(look: Look, query: Query, keys: Keys) -> Seen:
+    wide = jnp.promote_types(query.q.dtype, jnp.float32)
+    scores = jnp.einsum("bsk,bhk->bhs", keys.k, query.q, preferred_element_type=wide)
+    scores = soft_cap(scores * look.scale, look.cap)
+    scores = jnp.where(_visible(look, query, keys)[:, None], scores, MASKED)
+    lse = jnp.maximum(jax.nn.logsumexp(scores, -1), EMPTY)
+    weights = jnp.exp(scores - lse[..., None]).astype(keys.v.dtype)  # 0 where masked
+    return Seen(jnp.einsum("bhs,bsv->bhv", weights, keys.v, preferred_element_type=wide), lse)
+
+
+def _visible(look: Look, query: Query, keys: Keys) -> jax.Array:
+    """[B, S]"""
+    return visible(*query[1:], keys.position, keys.document, look.window, look.sinks, look.causal)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _in_spans(look: Look, query: Query, keys: Keys) -> Seen:
+    """`_seen`, a span at a time as far as something is seen. How far is known at run time only, and
+    such a loop has no gradient; that of `_seen` is its own."""
+    S = keys.k.shape[1]
+    place = jnp.arange(S, dtype=jnp.int32)
+    end = jnp.max(jnp.where(_visible(look, query, keys), place + 1, 0))
+
+    def span(i):
+        start = jnp.minimum(i * SPAN, S - SPAN)  # the last one reaches back into the one before
+        here = Keys(*(jax.lax.dynamic_slice_in_dim(a, start, SPAN, 1) for a in keys))
+        again = start + place[:SPAN] < i * SPAN
+        document = jnp.where(again, -1, here.document)
+        return _seen(look, query, here._replace(document=document))
+
+    more = lambda i, seen: _joined(seen, span(i))
+    spans = lambda: jax.lax.fori_loop(1, -(-end // SPAN), more, span(0))
+    return jax.lax.cond(2 * end < S, spans, lambda: _seen(look, query, keys))
+
+
+@_in_spans.defjvp
+def _in_spans_jvp(look, primals, tangents):
+    return jax.jvp(functools.partial(_seen, look), primals, tangents)
+
+
+def _joined(a: Seen, b: Seen) -> Seen:
+    """What is seen of the keys of both."""
+    lse = jnp.logaddexp(a.lse, b.lse)
+    share = lambda seen: jnp.exp(seen.lse - lse)[..., None] * seen.y
+    return Seen(share(a) + share(b), lse)

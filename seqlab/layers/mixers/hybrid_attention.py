@@ -122,10 +122,10 @@ class HybridAttention(AttentionHeads):
 
     def _see(self, q, k, v, state: State, position, reset):
         """((y_w, what it weighs beside the memory or None), what is kept)"""
-        c, places = self.config, self.ring.places(state.position, position, reset)
+        c, past = self.config, (state.kept, state.position, position, reset)
         options = {"scale": c.scale or self.head_dim**-0.5, "cap": c.cap}
         (y, lse), kept = self.ring.attend(
-            q, k, v, state.kept, places, implementation=c.implementation, **options
+            q, k, v, *past, implementation=c.implementation, **options
         )
         if self.sink is not None:
             y, lse = with_logits(y, lse, self.sink[...])

@@ -14,7 +14,7 @@ from seqlab.kernels.attention import attention
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
 from seqlab.layers.norm import RMSNorm
-from seqlab.layers.ring import Ring
+from seqlab.layers.ring import Ring, Tokens
 from seqlab.layers.rope import Scaling, positions, rope
 from seqlab.settings import STRICT, PositiveFinite
 
@@ -102,12 +102,12 @@ class MLA(Mixer):
         q_turning = self._turn(q_turning, position)
         shared = self._turn(shared[:, :, None], position)[:, :, 0]
         attend = self._attend_latent if x.shape[1] == 1 else self._attend_heads
-        at, held = self.ring.places(state.position, position, reset)
-        past = state.latent.astype(x.dtype), state.shared.astype(x.dtype), *held
-        y = attend(q, q_turning, (latent, shared, *at), past)
-        y, end = self.ring.mark_overflow(self.out(merge(y)), position), position[:, -1] + 1
-        latent, shared = self.ring.keep((state.latent, state.shared), (latent, shared), end)
-        return y, State(latent, shared, end)
+        old = state.latent, state.shared
+        at, tokens, past, old = self.ring.take(
+            old, (latent, shared), state.position, position, reset
+        )
+        y = self.out(merge(attend(q, q_turning, at, tokens, past)))
+        return self.ring.mark_overflow(y, position), State(*old, position[:, -1] + 1)
 
     def _turn(self, a, position):
         c = self.config
@@ -117,32 +117,33 @@ class MLA(Mixer):
             a = merge(heads(a, c.rope_dim // 2).swapaxes(-1, -2))
         return rope(a, position, c.rope_base, scaling=c.rope_scaling)
 
-    def _attend_heads(self, q, q_turning, tokens, past):
-        """tokens and past: latent vectors, shared parts, positions and documents -> y by head"""
+    def _attend_heads(self, q, q_turning, at, tokens: Tokens, past: Tokens):
+        """Tokens of latent vectors and shared parts -> y by head"""
         c = self.config
 
-        def keys(latent, shared, *at):
+        def keys(tokens):
+            latent, shared = (a.astype(q.dtype) for a in tokens.arrays)
             k, v = jnp.split(heads(self.kv(latent), c.heads), [c.nope_dim], -1)
             shared = jnp.broadcast_to(shared[:, :, None], (*k.shape[:-1], c.rope_dim))
-            return jnp.concatenate([k, shared], -1), v, *at
+            return jnp.concatenate([k, shared], -1), v, *tokens[1:]
 
-        return self._attend(q, q_turning, keys(*tokens), keys(*past))
+        return self._attend(q, q_turning, at, keys(tokens), keys(past))
 
-    def _attend_latent(self, q, q_turning, tokens, past):
+    def _attend_latent(self, q, q_turning, at, tokens: Tokens, _):
         """The same by way of (q W_k^T) c^T = q (c W_k)^T and (softmax c) W_v = softmax (c W_v)."""
         c = self.config
         k, v = jnp.split(heads(self.kv.weight[...].astype(q.dtype), c.heads), [c.nope_dim], -1)
         q = jnp.einsum("bthk,rhk->bthr", q, k)
-        join = lambda latent, shared: jnp.concatenate([latent, shared], -1)[:, :, None]
-        keys = lambda latent, shared, *at: (join(latent, shared), latent[:, :, None], *at)
-        y = self._attend(q, q_turning, keys(*tokens), keys(*past))
+        latent, shared = tokens.arrays
+        joined = jnp.concatenate([latent, shared], -1)[:, :, None]
+        y = self._attend(q, q_turning, at, (joined, latent[:, :, None], *tokens[1:]), None)
         return jnp.einsum("bthr,rhv->bthv", y, v)
 
-    def _attend(self, q, q_turning, keys, past):
-        c = self.config
+    def _attend(self, q, q_turning, at, keys, past):
+        c, (k, v, *k_at) = self.config, keys
         return attention(
             jnp.concatenate([q, q_turning], -1),
-            *(*keys, *keys[2:]),
+            *(k, v, *at, *k_at),
             past=past,
             scale=c.scale or (c.nope_dim + c.rope_dim) ** -0.5,
             implementation=c.implementation,

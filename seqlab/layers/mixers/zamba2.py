@@ -10,7 +10,6 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from seqlab.errors import ConfigError
-from seqlab.kernels.attention import attention
 from seqlab.layers.ffn import ACTIVATIONS, Activation
 from seqlab.layers.linear import Linear, heads, merge
 from seqlab.layers.mixer import Mixer
@@ -123,15 +122,11 @@ class Zamba2(Mixer):
         q, k, v = (heads(project(x), c.heads) for project in (self.q, self.k, self.v))
         if c.rope_base is not None:
             q, k = (rope(a, position, c.rope_base, scaling=c.rope_scaling) for a in (q, k))
-        at, held = self.ring.places(state.position, position, reset)
-        y = attention(
-            *(q, k, v, *at, *at),
-            past=(state.k, state.v, *held),
-            scale=(self.head_dim / 2) ** -0.5,
-            implementation=c.implementation,
-        )
-        y, end = self.ring.mark_overflow(self.out(merge(y)), position), position[:, -1] + 1
-        return y, *self.ring.keep((state.k, state.v), (k, v), end), end
+        past = (state.k, state.v), state.position, position, reset
+        options = {"scale": (self.head_dim / 2) ** -0.5, "implementation": c.implementation}
+        (y, _), kept = self.ring.attend(q, k, v, *past, **options)
+        y = self.ring.mark_overflow(self.out(merge(y)), position)
+        return y, *kept, position[:, -1] + 1
 
     def _perceptron(self, x):
         gate, up = jnp.split(self.gate_up(x), 2, -1)
