@@ -9,6 +9,10 @@ Attention has room for what is read and written here; a step reads all of it, fi
 
 import sys
 
+from seqlab import heap
+
+heap.keep()  # as `seqlab generate` does, and before any thread is there; it serves both sides
+
 import torch
 
 import benchmarks.record as record
