@@ -45,8 +45,8 @@ class Ring(NamedTuple):
         return (self.max_length or 0, 0) if self.window is None else (self.sinks, self.window)
 
     def empty(self, batch: int, heads: int, width: int) -> Pair:
-        """Keys and values of no token, [B, slots, G, K] each."""
-        k, v = (jnp.zeros((batch, self.slots, heads, width), jnp.float32) for _ in "kv")
+        """Keys and values of no token, [B, G, slots, K] each."""
+        k, v = (jnp.zeros((batch, heads, self.slots, width), jnp.float32) for _ in "kv")
         return k, v  # two buffers, for states are donated
 
     def held(self, position: jax.Array) -> jax.Array:
@@ -64,22 +64,20 @@ class Ring(NamedTuple):
         """Position and document of T tokens, [B, T] each; what they may see, in the dtype of `new`;
         what more of the past, or None; and the slots after them.
 
-        old, new: arrays [B, slots, ...] and [B, T, ...], or trees of them; start [B], where the
-        state stands; position, reset [B, T]. A step (T == 1) is written to its slot, finds itself
-        among the slots and has no other past: all of them are read once and none is moved.
+        old, new: arrays [B, ..., slots, K] and [B, T, ..., K], or trees of them; start [B], where
+        the state stands; position, reset [B, T]. A step (T == 1) is written to its slot, finds
+        itself among the slots and has no other past: they are read once and nothing is moved.
         """
         document = jnp.cumsum(reset, 1, dtype=jnp.int32)  # what the state holds is document 0
         if position.shape[1] == 1:
-            kept, held = (
-                self._put(old, new, position[:, 0], reset[:, 0]),
-                self.held(position[:, 0] + 1),
-            )
-            arrays = jax.tree.map(lambda a, new: a.astype(new.dtype), kept, new)
+            kept = self._put(old, new, position[:, 0], reset[:, 0])
+            arrays = jax.tree.map(lambda a, new: _in_time(a).astype(new.dtype), kept, new)
+            held = self.held(position[:, 0] + 1)
             tokens, past = Tokens(arrays, held, jnp.where(held < 0, -1, document)), None
         else:
-            tokens, held = Tokens(new, position, document), self.held(start)
-            past = Tokens(old, held, jnp.where(held < 0, -1, 0))
             kept = self._kept(old, new, position[:, -1] + 1)
+            tokens, held = Tokens(new, position, document), self.held(start)
+            past = Tokens(jax.tree.map(_in_time, old), held, jnp.where(held < 0, -1, 0))
         return (position, document), tokens, past, kept
 
     def attend(self, q, k, v, old: Pair, start, position, reset, **options) -> tuple[Pair, Pair]:
@@ -92,8 +90,9 @@ class Ring(NamedTuple):
         at, tokens, past, kept = self.take(old, (k, v), start, position, reset)
         past = past and (*past.arrays, *past[1:])
         sight = {"window": self.window, "sinks": self.sinks}
-        keys = *tokens.arrays, *at, *tokens[1:]
-        return attention_with_lse(q, *keys, past=past, **sight, **options), kept
+        (k, v), *k_at = tokens
+        seen = attention_with_lse(q, k, v, *at, *k_at, past=past, **sight, **options)
+        return seen, kept
 
     def _kept(self, old: Any, new: Any, position: jax.Array) -> Any:
         """The slots after new tokens, of which `position` [B] is the end; `old` in dtype."""
@@ -101,10 +100,9 @@ class Ring(NamedTuple):
 
         def update(old, new):
             # a token keeps its slot while held, so what is not new already lies where it should
-            over = (..., *(None,) * (old.ndim - 2))
-            at = (new.shape[1] - (position[:, None] - held))[over]
-            new = jnp.take_along_axis(new, at.clip(0), 1, mode="clip").astype(old.dtype)
-            return jnp.where(held[over] < 0, 0, jnp.where(at < 0, old, new))
+            at, new = new.shape[1] - (position[:, None] - held), _in_slots(new).astype(old.dtype)
+            new = jnp.take_along_axis(new, _beside(at.clip(0), old), -2, mode="clip")
+            return jnp.where(_beside(held < 0, old), 0, jnp.where(_beside(at < 0, old), old, new))
 
         return jax.tree.map(update, old, new)
 
@@ -114,26 +112,26 @@ class Ring(NamedTuple):
         fixed, ring = self._parts
         turn = fixed + (position - fixed) % max(ring, 1)
         slot = jnp.where(position < fixed, position, turn) if ring else position
-        put = lambda old, new: _put(old, new.astype(old.dtype), slot, reset)
+        put = lambda old, new: _put(old, _in_slots(new).astype(old.dtype), slot, reset)
         return jax.tree.map(put, old, new)
 
     def before(self, old: Any, start: jax.Array, few: int | None = None) -> Any:
-        """The `window` tokens before the next, or the first few of them, in order [B, few, ...];
+        """The `window` tokens before the next, or the first few of them, in order [B, few, ..., K];
         anything where there are none, or they are sinks.
 
-        old: arrays [B, slots, ...] as `take` has them, or trees of them; start [B].
+        old: arrays [B, ..., slots, K] as `take` has them, or trees of them; start [B].
         """
         fixed, ring = self._parts
         place = start[:, None] - ring + jnp.arange(few or ring, dtype=jnp.int32)
         slot = fixed + (place - fixed) % ring
-        pick = lambda a: jnp.take_along_axis(a, slot[(..., *(None,) * (a.ndim - 2))], 1)
+        pick = lambda a: _in_time(jnp.take_along_axis(a, _beside(slot, a), -2))
         return jax.tree.map(pick, old)
 
     def leaving(self, old: Any, new: Any, start: jax.Array, position: jax.Array) -> tuple:
-        """The token that each of T tokens takes the slot from, [B, T, ...], and whether there is
+        """The token that each of T tokens takes the slot from, [B, T, ..., K], and whether there is
         one, [B, T]: nothing sees it from then on.
 
-        old, new: as `take` has them; start [B], position [B, T]: as `take` has them.
+        old, new, start [B], position [B, T]: as `take` has them.
         """
         fixed, ring = self._parts
         last = lambda new: new[:, -ring:]
@@ -155,32 +153,41 @@ class Ring(NamedTuple):
 
 @jax.custom_jvp
 def _put(old: jax.Array, new: jax.Array, slot: jax.Array, reset: jax.Array) -> jax.Array:
-    """old [B, slots, ...], 0 where `reset` [B] says so, with new [B, 1, ...] in slot [B], or in the
-    last one if there is no such slot: then the document is too long, and nothing of it is read.
+    """old [B, ..., slots, K], 0 where `reset` [B] says so, with new [B, ..., 1, K] in slot [B], or
+    in the last one if there is no such slot: then the document is too long, and none of it is read.
 
     Loops of as many turns as it takes, none or one, since XLA writes what they carry where it lies.
     It copies what a `cond` may change, and a single row that is changed outside of any loop.
     """
-    clear = lambda _, a: jnp.where(_beside(reset, a), 0, a)
+    clear = lambda _, a: jnp.where(_beside(reset[:, None], a), 0, a)
     old = lax.fori_loop(0, jnp.any(reset).astype(int), clear, old)
     if len(slot) > 1:
-        put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
-        return jax.vmap(put)(old, new, slot)
-    put = lambda _, a: lax.dynamic_update_slice_in_dim(a, new, slot[0], 1)
-    return lax.fori_loop(0, (slot[0] < old.shape[1]).astype(int), put, old)
+        return jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=-2))(old, new, slot)
+    put = lambda _, a: lax.dynamic_update_slice_in_dim(a, new, slot[0], -2)
+    return lax.fori_loop(0, (slot[0] < old.shape[-2]).astype(int), put, old)
 
 
 @_put.defjvp
 def _put_jvp(primals, tangents):
     old, _, slot, reset = primals
-    here = _beside(jnp.arange(old.shape[1]) == slot[:, None], old)
-    d_old = jnp.where(_beside(reset, old), 0, tangents[0])
+    here = _beside(jnp.arange(old.shape[-2]) == slot[:, None], old)
+    d_old = jnp.where(_beside(reset[:, None], old), 0, tangents[0])
     return _put(*primals), jnp.where(here, tangents[1], d_old)
 
 
-def _beside(flags: jax.Array, a: jax.Array) -> jax.Array:
-    """Flags [B] or [B, slots] as they stand beside [B, slots, ...]."""
-    return flags.reshape(*flags.shape, *(1,) * (a.ndim - flags.ndim))
+def _beside(numbers: jax.Array, a: jax.Array) -> jax.Array:
+    """Numbers [B, slots] as they stand beside [B, ..., slots, K]."""
+    return jnp.expand_dims(numbers, (*range(1, a.ndim - 2), -1))
+
+
+def _in_slots(a: jax.Array) -> jax.Array:
+    """[B, T, ..., K] -> [B, ..., T, K]: a head's tokens lie together, as a step reads them."""
+    return jnp.moveaxis(a, 1, -2)
+
+
+def _in_time(a: jax.Array) -> jax.Array:
+    """[B, ..., T, K] -> [B, T, ..., K]"""
+    return jnp.moveaxis(a, -2, 1)
 
 
 def _later(new: jax.Array, before: jax.Array) -> Pair:

@@ -1,10 +1,8 @@
 """Softmax attention of one token over many keys, as a step of decoding has it.
 
-All there is to it is reading keys and values once, as they lie in a state. Products head by head
-would first move them, a head's tokens together. So the queries of all heads stand in one matrix,
-each among zeros where the keys of other heads lie: G times as many multiplications, for free.
-The keys of the state and the token's own are never joined: what is seen of them is. And of a long
-state no more is read than is filled.
+All there is to it is reading keys and values once. So the keys of a head should lie together in
+memory, as [B, G, S, K] has them: turned to [B, S, G, K] for the call, they are turned back at no
+cost. And of a long state no more is read than is filled.
 """
 
 import functools
@@ -31,21 +29,21 @@ class Look(NamedTuple):
 
 
 class Query(NamedTuple):
-    q: jax.Array  # [B, H, G * K], zeros at the keys of other heads
+    q: jax.Array  # [B, G, R, K], R = H // G heads with one key head
     position: jax.Array  # [B, 1]
     document: jax.Array  # [B, 1]
 
 
 class Keys(NamedTuple):
-    k: jax.Array  # [B, S, G * K]
-    v: jax.Array  # [B, S, G * V]
+    k: jax.Array  # [B, G, S, K]
+    v: jax.Array  # [B, G, S, V]
     position: jax.Array  # [B, S]
     document: jax.Array  # [B, S]
 
 
 class Seen(NamedTuple):
-    y: jax.Array  # [B, H, G * V], float32 or wider
-    lse: jax.Array  # [B, H], EMPTY where nothing is seen
+    y: jax.Array  # [B, G, R, V], float32 or wider
+    lse: jax.Array  # [B, G, R], EMPTY where nothing is seen
 
 
 def one_query(
@@ -65,26 +63,23 @@ def one_query(
     """
     q, *at = queries
     (B, _, H, K), (G, V) = q.shape, keys[0][1].shape[2:]
-    own = jnp.repeat(jnp.eye(G, dtype=q.dtype), H // G, 0)  # [H, G], its key head
-    query = Query((q[:, 0, :, None] * own[..., None]).reshape(B, H, G * K), *at)
+    query = Query(q.reshape(B, G, H // G, K), *at)
     look = Look(window, sinks, causal, scale, cap)
-    flat = lambda a: a.reshape(*a.shape[:2], -1)
-    each = [Keys(flat(k), flat(v), *k_at) for k, v, *k_at in keys]
-    y, lse = functools.reduce(
-        _joined, ((_in_spans if k.k.shape[1] > SPAN else _seen)(look, query, k) for k in each)
-    )
-    y = jnp.einsum("bhgv,hg->bhv", y.reshape(B, H, G, V), own.astype(y.dtype))
-    return y[:, None].astype(q.dtype), lse[:, None]
+    each = [Keys(k.swapaxes(1, 2), v.swapaxes(1, 2), *k_at) for k, v, *k_at in keys]
+    some = lambda k: (_in_spans if k.k.shape[2] > SPAN else _seen)(look, query, k)
+    y, lse = functools.reduce(_joined, map(some, each))
+    return y.reshape(B, 1, H, V).astype(q.dtype), lse.reshape(B, 1, H)
 
 
 def _seen(look: Look, query: Query, keys: Keys) -> Seen:
     wide = jnp.promote_types(query.q.dtype, jnp.float32)
-    scores = jnp.einsum("bsk,bhk->bhs", keys.k, query.q, preferred_element_type=wide)
+    scores = jnp.einsum("bgrk,bgsk->bgrs", query.q, keys.k, preferred_element_type=wide)
     scores = soft_cap(scores * look.scale, look.cap)
-    scores = jnp.where(_visible(look, query, keys)[:, None], scores, MASKED)
+    scores = jnp.where(_visible(look, query, keys)[:, None, None], scores, MASKED)
     lse = jnp.maximum(jax.nn.logsumexp(scores, -1), EMPTY)
     weights = jnp.exp(scores - lse[..., None]).astype(keys.v.dtype)  # 0 where masked
-    return Seen(jnp.einsum("bhs,bsv->bhv", weights, keys.v, preferred_element_type=wide), lse)
+    y = jnp.einsum("bgrs,bgsv->bgrv", weights, keys.v, preferred_element_type=wide)
+    return Seen(y, lse)
 
 
 def _visible(look: Look, query: Query, keys: Keys) -> jax.Array:
@@ -96,13 +91,14 @@ def _visible(look: Look, query: Query, keys: Keys) -> jax.Array:
 def _in_spans(look: Look, query: Query, keys: Keys) -> Seen:
     """`_seen`, a span at a time as far as something is seen. How far is known at run time only, and
     such a loop has no gradient; that of `_seen` is its own."""
-    S = keys.k.shape[1]
+    S = keys.k.shape[2]
     place = jnp.arange(S, dtype=jnp.int32)
     end = jnp.max(jnp.where(_visible(look, query, keys), place + 1, 0))
 
     def span(i):
         start = jnp.minimum(i * SPAN, S - SPAN)  # the last one reaches back into the one before
-        here = Keys(*(jax.lax.dynamic_slice_in_dim(a, start, SPAN, 1) for a in keys))
+        some = lambda a: jax.lax.dynamic_slice_in_dim(a, start, SPAN, -1 if a.ndim == 2 else 2)
+        here = Keys(*map(some, keys))
         again = start + place[:SPAN] < i * SPAN
         document = jnp.where(again, -1, here.document)
         return _seen(look, query, here._replace(document=document))

@@ -46,8 +46,8 @@ class Config(attention_heads.Config):
 
 
 class State(NamedTuple):
-    k: jax.Array  # [B, slots, G, K] float32, normed and rotated; 0 in an empty slot
-    v: jax.Array  # [B, slots, G, K] float32
+    k: jax.Array  # [B, G, slots, K] float32, normed and rotated; 0 in an empty slot
+    v: jax.Array  # [B, G, slots, K] float32
     position: jax.Array  # [B] int32, of the next token; it tells which token each slot holds
 
 

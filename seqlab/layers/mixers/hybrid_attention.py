@@ -71,7 +71,7 @@ class Config(attention_heads.Config):
 
 
 class State(NamedTuple):
-    kept: tuple  # k and v of the window [B, slots, G, K] float32; empty without one
+    kept: tuple  # k and v of the window [B, G, slots, K] float32; empty without one
     memory: tuple  # see FeatureMemory.init_state
     position: jax.Array  # [B] int32, of the next token
 

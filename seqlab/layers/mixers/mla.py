@@ -103,11 +103,11 @@ class MLA(Mixer):
         shared = self._turn(shared[:, :, None], position)[:, :, 0]
         attend = self._attend_latent if x.shape[1] == 1 else self._attend_heads
         old = state.latent, state.shared
-        at, tokens, past, old = self.ring.take(
+        at, tokens, past, kept = self.ring.take(
             old, (latent, shared), state.position, position, reset
         )
         y = self.out(merge(attend(q, q_turning, at, tokens, past)))
-        return self.ring.mark_overflow(y, position), State(*old, position[:, -1] + 1)
+        return self.ring.mark_overflow(y, position), State(kept[0], kept[1], position[:, -1] + 1)
 
     def _turn(self, a, position):
         c = self.config

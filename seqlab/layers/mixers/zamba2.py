@@ -53,8 +53,8 @@ class Config:
 
 
 class State(NamedTuple):
-    k: jax.Array  # [B, slots, H, K], rotated
-    v: jax.Array  # [B, slots, H, K]
+    k: jax.Array  # [B, H, slots, K], rotated
+    v: jax.Array  # [B, H, slots, K]
     position: jax.Array  # [B] int32, of the next token
     mixer: Any  # the state of the mixer, () without one
 
@@ -101,8 +101,7 @@ class Zamba2(Mixer):
         self.prefix = getattr(self.mixer, "prefix", 0)
 
     def init_state(self, batch: int) -> State:
-        shape = batch, self.ring.slots, self.config.heads, self.head_dim
-        k, v = (jnp.zeros(shape, jnp.float32) for _ in "kv")  # two buffers: states are donated
+        k, v = self.ring.empty(batch, self.config.heads, self.head_dim)
         inner = self.mixer.init_state(batch) if self.mixer else ()
         return State(k, v, jnp.zeros(batch, jnp.int32), inner)
 
