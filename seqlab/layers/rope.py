@@ -149,6 +149,17 @@ def rope(
     frequency = jnp.asarray(frequencies(rotated, base, scaling), wide.dtype)
     gain = 1.0 if scaling is None else scaling.gain
     angle = positions[..., None, None].astype(wide.dtype) * frequency
-    cos, sin = jnp.cos(angle) * gain, jnp.sin(angle) * gain  # [B, T, 1, R / 2]
+    cos, sin = (wave * gain for wave in _waves(angle))  # [B, T, 1, R / 2]
     a, b, rest = jnp.split(wide, [rotated // 2, rotated], -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+
+
+def _waves(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Its cosine and sine. On a CPU they come out of a loop, or XLA would compute them within the
+    rotation, again for every head: most of the time that rotating took."""
+    both = jnp.cos, jnp.sin
+    turns = lambda angle: tuple(
+        jax.lax.map(lambda i: jax.lax.switch(i, both, angle), jnp.arange(2))
+    )
+    plain = lambda angle: (jnp.cos(angle), jnp.sin(angle))
+    return jax.lax.platform_dependent(angle, cpu=turns, default=plain)
