@@ -246,8 +246,8 @@ def see(options: Options, queries: Queries, keys: Keys, seen: Seen) -> Seen:
     def row(i, each_key, seen):
         def step(j, clear, carry):
             acc, top, total = carry
-            scores = options.scores(_dot("bgtk,bgks->bgts", q_here, k_turned[j]))
-            scores = _masked(options, scores, at, k_at[:, j][:, :, None], clear)
+            products = _dot("bgtk,bgks->bgts", q_here, k_turned[j])
+            scores = _masked(options, products, at, k_at[:, j][:, :, None], clear)
             highest = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - highest[..., None])
             shrink = jnp.exp(top - highest)
@@ -270,11 +270,12 @@ def pull(options: Options, done: Answered, keys: Keys, gradients: Gradients) -> 
     def row(i, each_key, carry):  # scores and what is like them stand as [keys, queries]
         def step(j, clear, carry):
             dq_turned, dk, dv = carry
-            scores = options.scores(_dot("bgsk,bgkt->bgst", k[j], q_turned_here))
-            masked = _masked(options, scores, at, k_at[:, j][..., None], clear)
-            weights = jnp.exp(masked - lse_here)
+            products = _dot("bgsk,bgkt->bgst", k[j], q_turned_here)
+            weigh = lambda scores: jnp.exp(scores - lse_here)
+            weights = _masked(options, products, at, k_at[:, j][..., None], clear, weigh)
             dweights = _dot("bgsv,bgvt->bgst", v[j], dy_turned_here)
-            dscores = weights * (dweights - offset_here) * options.slope(scores)
+            slope = options.slope(options.scores(products))
+            dscores = weights * (dweights - offset_here) * slope
             dscores = dscores.astype(q.dtype)
             dv = _add(dv, j, _dot("bgst,bgtv->bgsv", weights.astype(dy.dtype), dy_here))
             dk = _add(dk, j, _dot("bgst,bgtk->bgsk", dscores, q_here))
@@ -310,15 +311,15 @@ def _row_by_row(row, options, q_at, k_at, carry):
     return jax.lax.fori_loop(0, len(some), one, carry)
 
 
-def _masked(options, scores, q_at, k_at, clear):
-    """Scores [B, G, ...] -> MASKED where the query does not see the key; a clear pair needs no
-    mask, which on a CPU costs more than the product."""
+def _masked(options, products, q_at, k_at, clear, then=lambda scores: scores):
+    """`then` of the scores of products [B, G, ...], which are MASKED where the query does not see
+    the key; a clear pair needs no mask, which on a CPU costs more than the product."""
 
-    def masked(scores):
+    def masked(products):
         sees = visible(*q_at, *k_at, **options.sight)
-        return jnp.where(sees[:, None], scores, MASKED)
+        return then(jnp.where(sees[:, None], options.scores(products), MASKED))
 
-    return jax.lax.cond(clear, lambda scores: scores, masked, scores)
+    return jax.lax.cond(clear, lambda products: then(options.scores(products)), masked, products)
 
 
 def _put(a, i, b):
