@@ -13,12 +13,12 @@ from seqlab import heap
 
 heap.keep()  # as `seqlab generate` does, and before any thread is there; it serves both sides
 
-import torch
+import torch  # noqa: E402
 
-import benchmarks.record as record
-from benchmarks import aims, published
-from seqlab.bench import timing
-from seqlab.infer.session import Session
+import benchmarks.record as record  # noqa: E402
+from benchmarks import aims, published  # noqa: E402
+from seqlab.bench import timing  # noqa: E402
+from seqlab.infer.session import Session  # noqa: E402
 
 NAMES, LAYERS, LENGTH, ROUNDS = ("llama", "mamba2"), 6, 2048, 5
 STEPS = 64  # a block of a session, unless it is told otherwise

@@ -1,6 +1,7 @@
 """Softmax attention, the kernel, against its definition and torch."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -96,14 +97,17 @@ def test_narrow_operands_keep_their_dtype_and_accumulate_in_float32(dtype):
 
 
 @pytest.mark.parametrize(
-    ("H", "G", "window", "sinks", "cap"), [(4, 2, None, 0, None), (3, 3, 40, 3, 1.5)]
+    ("H", "G", "window", "sinks", "cap", "filled"),
+    [(4, 2, None, 0, None, 52), (3, 3, 40, 3, 1.5, 52), (4, 2, None, 0, None, 25)],
 )
 def test_one_query_over_what_a_state_holds_and_its_own_key_equals_the_definition(
-    H, G, window, sinks, cap
+    H, G, window, sinks, cap, filled, monkeypatch
 ):
+    monkeypatch.setattr(sys.modules["seqlab.kernels.attention.one_query"], "SPAN", 8)
     with jax.enable_x64(True):
         (q, k, v), (q_position, q_document, *k_at) = tokens(1, 53, H, G)
         q_document[0] = 1  # the other row's query sees nothing
+        k_at[1][:, filled:52] = -1
 
         def split(q, k, v, q_position, q_document, *k_at, **options):
             past = tuple(a[:, :52] for a in (k, v, *k_at))

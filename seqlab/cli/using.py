@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from seqlab import heap
 from seqlab.cli.options import MaxLength, MixerFiles, Overrides, Path, app, register
 from seqlab.errors import ConfigError
 
@@ -37,6 +38,7 @@ def generate(
     mixer: MixerFiles = [],  # noqa: B006
 ) -> None:
     """Continue a text, streaming, in memory that does not grow."""
+    heap.keep()
     from seqlab.infer import command
 
     register(mixer)
@@ -102,6 +104,7 @@ def evaluate(
     mixer: MixerFiles = [],  # noqa: B006
 ) -> None:
     """Score a model: accuracy on tasks that tell memories apart, perplexity of texts."""
+    heap.keep()
     from seqlab.evaluate import command
 
     register(mixer)

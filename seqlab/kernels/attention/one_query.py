@@ -89,22 +89,19 @@ def _visible(look: Look, query: Query, keys: Keys) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _in_spans(look: Look, query: Query, keys: Keys) -> Seen:
-    """`_seen`, a span at a time as far as something is seen. How far is known at run time only, and
-    such a loop has no gradient; that of `_seen` is its own."""
+    """`_seen`, a span at a time as far as something is seen, if that is not most of it. How far is
+    known at run time only, and such a loop has no gradient; that of `_seen` is its own."""
     S = keys.k.shape[2]
-    place = jnp.arange(S, dtype=jnp.int32)
-    end = jnp.max(jnp.where(_visible(look, query, keys), place + 1, 0))
+    seen = _visible(look, query, keys)
+    end = jnp.max(jnp.where(seen, jnp.arange(1, S + 1, dtype=jnp.int32), 0))
 
     def span(i):
-        start = jnp.minimum(i * SPAN, S - SPAN)  # the last one reaches back into the one before
-        some = lambda a: jax.lax.dynamic_slice_in_dim(a, start, SPAN, -1 if a.ndim == 2 else 2)
-        here = Keys(*map(some, keys))
-        again = start + place[:SPAN] < i * SPAN
-        document = jnp.where(again, -1, here.document)
-        return _seen(look, query, here._replace(document=document))
+        some = lambda a: jax.lax.dynamic_slice_in_dim(a, i * SPAN, SPAN, -1 if a.ndim == 2 else 2)
+        return _seen(look, query, Keys(*map(some, keys)))
 
     more = lambda i, seen: _joined(seen, span(i))
     spans = lambda: jax.lax.fori_loop(1, -(-end // SPAN), more, span(0))
+    # a span is copied before it is read, and read by one core: no gain from half of the keys on
     return jax.lax.cond(2 * end < S, spans, lambda: _seen(look, query, keys))
 
 
