@@ -12,29 +12,33 @@ and in a tenth of its rows such lines. It is trained once and stays in runs/line
 students are made anew. A demo, not a test: what its claims come to is printed, and it exits with 0.
 """
 
+import argparse
 import dataclasses
 import json
 import os
 import pathlib
+import resource
 import shutil
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
 import benchmarks.record as record
+from benchmarks import cores
 from benchmarks import linearize_pictures as pictures
 from benchmarks.linearize import milliseconds, with_room
 from seqlab import heap
+from seqlab.bench import machine
 from seqlab.layers import ffn
 from seqlab.layers.mixers import attention, gated_conv
 from seqlab.linearize import recall, stage
 from seqlab.linearize.measure import Judge
 from seqlab.linearize.presets import PRESETS
-from seqlab.linearize.recipes import METHODS, Stage
+from seqlab.linearize.recipes import METHODS, Lora, Stage
 from seqlab.linearize.swap import swap
-from seqlab.models import lm
+from seqlab.models import lm, store
 from seqlab.models.parameters import parameters
 from seqlab.models.summary import state_bytes
 from seqlab.models.tokenizer import ByteTokenizer
@@ -46,6 +50,7 @@ from seqlab.train.loop import train
 from seqlab.train.sources import Jsonl, Text
 
 OUT = pathlib.Path("runs/linearize_demo")
+TEACHER = OUT / "teacher"
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 #: By name the method and the layers that keep their softmax: in liger_h, a hybrid of Liger's, the
 #: first one of attention, which here is the one that looks values up.
@@ -66,15 +71,38 @@ RECOVERED = dict.fromkeys(("liger", "lolcats", "lizard_rope"), 0.95)  # at least
 KNOWN = 0.5  # of the teacher's recall, below which a student's says nothing
 ABOVE = 0.25  # by which some recall beyond the window is above the untrained window's
 MINUTES = 15
-TOKENS, MORE = 400_000, 1_000_000  # a stage
+TOKENS, MORE = 300_000, 1_000_000  # a stage
 
 #: What the papers give for billions of parameters and 20M tokens, made fit for a thousandth: many
-#: steps of few tokens each.
+#: steps of few tokens each, and adapters of a quarter of the width.
 FEWER = {"length": LENGTH, "batch": 1, "warmup": 0.05, "schedule": "cosine"}
 RATES = {"layer": 2e-2, "ce": 4e-3}
+ADAPTERS = Lora(rank=32, alpha=64.0)
 
 STDLIB: dict[str, Any] = {"files": ("python:stdlib",), "held_out": 0.03}
 BYTES = ByteTokenizer()
+
+
+class Lesson(NamedTuple):
+    """A run of the teacher: `share` of the rows, of `length` bytes, are documents of recall."""
+
+    length: int
+    share: float
+    steps: int
+    optimizer: Optimizer
+    asked: dict[str, Any]  # of `recall.write`
+
+
+BETAS = 0.9, 0.98
+HIGH = Optimizer(lr=5e-3, betas=BETAS, warmup=30, schedule="constant")
+LOWER = Optimizer(lr=3e-3, betas=BETAS, warmup=10, schedule="constant")
+COSINE = Optimizer(lr=3e-3, betas=BETAS, warmup=30)
+LESSONS = {
+    "copying": Lesson(128, 0.75, 300, HIGH, {"documents": 8000, "gap": None}),
+    "lines": Lesson(128, 0.8, 160, LOWER, {"documents": 8000, "gap": 4}),
+    "far": Lesson(LENGTH, 0.8, 80, LOWER, {"documents": 1000, "gap": 20, "far": True}),
+    "text": Lesson(LENGTH, 0.1, 240, COSINE, {"documents": 1000, "gap": 40, "far": True}),
+}
 
 MODEL = lm.Config(
     vocab=BYTES.vocab,
@@ -83,73 +111,82 @@ MODEL = lm.Config(
     pattern=(attention.Config(heads=4, kv_heads=2, max_length=LENGTH),),
     repeats=4,
     ffn=ffn.Config(ratio=8 / 3),
-    unroll=4,
 )
 
 
-def main(options: list[str]) -> int:
-    if "--draw" in options:
+def main(words: list[str]) -> int:
+    asked = argparse.ArgumentParser()
+    for flag in ("--draw", "--go-on", "--long"):
+        asked.add_argument(flag, action="store_true")
+    asked.add_argument("--of", help="the row of one model alone, as the others' runs are begun")
+    asked.add_argument("--core", type=int, help="of that run")
+    options = asked.parse_args(words)
+    if options.draw:
         told = json.loads((record.RESULTS / "linearize.json").read_text())
         pictures.draw(DOCS, told["rows"])
         return 0
     heap.keep()
-    long = "--long" in options
-    students = OUT / ("long" if long else "students")
-    if "--go-on" not in options:
-        shutil.rmtree(students, ignore_errors=True)
-    minutes = lambda: time.process_time() / 60 / (os.cpu_count() or 1)
-    say = lambda name: print(f"{name} is done after {minutes():.1f} busy minutes", flush=True)
-    teacher, data = taught()
-    say("The teacher")
-    with use_mesh() as mesh:
-        filler = BYTES.encode(held_out_text(data).decode())
-        ask = lambda model: recall.recall(model, BYTES, filler, count=32, say=lambda text: None)
-        judge = Judge(held_out_batches(data, BYTES), mesh, ask)
-        rows = [of_teacher(teacher, judge)]
-        for name in RECOVERED if long else STUDENTS:
-            rows.append(of_student(name, teacher, data, judge, MORE if long else TOKENS, students))
-            rows[-1]["recovered"] = rows[0]["perplexity"] / rows[-1]["perplexity"]
-            say(f"{name}, {summary(rows[-1])},")
-    if long:
-        record.record("linearize_long", rows, recovered(rows))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(OUT / "compiled"))  # for the next run
+    folder = OUT / ("long" if options.long else "students")
+    if options.of:
+        if options.core is not None:
+            cores.settle(options.core)
+        return of_one(options.of, folder / options.of, MORE if options.long else TOKENS)
+    if not options.go_on:
+        shutil.rmtree(folder, ignore_errors=True)
+    taught()
+    print(f"The teacher is there after {busy():.1f} busy minutes.", flush=True)
+    rows = {}
+
+    def done(name: str) -> None:
+        rows[name] = json.loads((folder / name / "row.json").read_text())
+        print(f"{name}: {summary(rows[name])}; {busy():.1f} busy minutes so far.", flush=True)
+
+    program = ["benchmarks.linearize_demo", *(["--long"] if options.long else []), "--of"]
+    names = ["teacher", *(RECOVERED if options.long else STUDENTS)]
+    cores.run({name: [*program, name] for name in names}, folder, done)
+    table = [rows[name] for name in names]
+    for row in table:
+        row["recovered"] = rows["teacher"]["perplexity"] / row["perplexity"]
+    if options.long:
+        record.record("linearize_long", table, recovered(table))
         return 0
-    for folder in (OUT, DOCS):
-        pictures.draw(folder, rows)
-    record.record("linearize", rows, [*recovered(rows), *recalled(rows), within(minutes())])
+    for to in (OUT, DOCS):
+        pictures.draw(to, table)
+    record.record("linearize", table, [*recovered(table), *recalled(table), within(busy())])
     return 0
 
 
-def taught() -> tuple[lm.LM, Data]:
-    """The teacher, and what it learnt last: what is there of it already is kept."""
-    folder, betas = OUT / "teacher", (0.9, 0.98)
-    copying = mixture("copying", 128, 0.75, documents=8000, gap=None)
-    lines = mixture("lines", 128, 0.8, documents=8000, gap=4)
-    far = mixture("far", LENGTH, 0.8, documents=1000, gap=20, far=True)
-    text = mixture("text", LENGTH, 0.1, documents=1000, gap=40, far=True)
-    constant = Optimizer(lr=5e-3, betas=betas, warmup=30, schedule="constant")
-    train(lesson(copying, 300, constant), folder / "copying")
-    lower = dataclasses.replace(constant, lr=3e-3, warmup=10)
-    train(lesson(lines, 250, lower, start=str(folder / "copying")), folder / "lines")
-    train(lesson(far, 80, lower, start=str(folder / "lines")), folder / "far")
-    cosine = Optimizer(lr=3e-3, betas=betas, warmup=30)
-    last = lesson(text, 240, cosine, start=str(folder / "far"))
-    return train(last, folder / "text").model, text
+def busy() -> float:
+    """Minutes that this and its children had of all cores together."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = time.process_time() + children.ru_utime + children.ru_stime
+    return seconds / 60 / machine.cores()
 
 
-def lesson(data: Data, steps: int, optimizer: Optimizer, **fields: Any) -> Config:
-    every = {"evaluate_every": 0, "checkpoint": Checkpoint(every=50)}
-    return Config(MODEL, data, steps, optimizer, **every, **fields)
+def taught() -> None:
+    """Have the teacher take its lessons; what is there of them already is kept."""
+    before: dict[str, Any] = {}
+    for name, lesson in LESSONS.items():
+        text = sources(name)[0]
+        recall.write(OUT / f"{name}.jsonl", text, length=lesson.length - 2, **lesson.asked)
+        every = {"evaluate_every": 0, "checkpoint": Checkpoint(every=50)}
+        config = Config(MODEL, mixture(name), lesson.steps, lesson.optimizer, **every, **before)
+        train(config, TEACHER / name)
+        before = {"start": str(TEACHER / name)}
 
 
-def mixture(name: str, length: int, share: float, **asked: Any) -> Data:
-    """The library's sources, and `share` of the rows documents of recall lines, a row long."""
-    file, text = (
-        OUT / f"{name}.jsonl",
-        Text(**STDLIB, part="train", weight=1 - share, name="stdlib"),
-    )
-    recall.write(file, text, length=length - 2, **asked)
+def sources(name: str) -> tuple[Text, Jsonl]:
+    """The library's sources, and documents of recall lines."""
+    share = LESSONS[name].share
+    text = Text(**STDLIB, part="train", weight=1 - share, name="stdlib")
+    return text, Jsonl((str(OUT / f"{name}.jsonl"),), weight=share, name="recall")
+
+
+def mixture(name: str) -> Data:
+    length = LESSONS[name].length
     return Data(
-        train=(text, Jsonl((str(file),), weight=share, name="recall")),
+        train=sources(name),
         held_out=(Text(**STDLIB, part="held_out", name="stdlib"),),
         length=length,
         batch=4 * LENGTH // length,
@@ -157,11 +194,29 @@ def mixture(name: str, length: int, share: float, **asked: Any) -> Data:
     )
 
 
+def of_one(name: str, folder: pathlib.Path, tokens: int) -> int:
+    """Write the row of the teacher or of a student to its folder, unless it is there."""
+    if (folder / "row.json").exists():
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    data, teacher = mixture("text"), store.load(TEACHER / "text")
+    with use_mesh() as mesh:
+        filler = BYTES.encode(held_out_text(data).decode())
+        ask = lambda model: recall.recall(model, BYTES, filler, count=32, say=lambda text: None)
+        judge = Judge(held_out_batches(data, BYTES), mesh, ask)
+        if name == "teacher":
+            row = of_teacher(teacher, judge)
+        else:
+            row = of_student(name, teacher, data, judge, tokens, folder)
+    (folder / "row.json").write_text(json.dumps(row))
+    return 0
+
+
 def of_teacher(teacher: lm.LM, judge: Judge) -> dict[str, Any]:
     figures = judge.teacher(teacher)
     row = dict.fromkeys(("new", "trained", "tokens"), 0)
     row |= dict.fromkeys(("at the swap", "after stage 1", "after stage 2"))
-    return measured("teacher", row, figures, teacher, decoding(teacher)) | {"recovered": 1.0}
+    return measured("teacher", row, figures, teacher, decoding(teacher))
 
 
 def decoding(model: lm.LM) -> list[float]:
@@ -182,7 +237,7 @@ def of_student(name: str, teacher: lm.LM, data: Data, judge: Judge, tokens: int,
         adapted = stage.adapted(pair.student, one)
         names = stage.trained(pair, adapted, one)
         trained += sum(parameters(adapted)[n].size for n in names)
-        folder = runs / name / f"{number}-{one.loss}"
+        folder = runs / f"{number}-{one.loss}"
         pair = stage.run(pair, one, data, folder, evaluate_every=one.steps // 4)
         tokens += one.tokens
         found.append(judge.student(pair, tokens))
@@ -197,7 +252,8 @@ def of_student(name: str, teacher: lm.LM, data: Data, judge: Judge, tokens: int,
 
 
 def shortened(one: Stage, tokens: int) -> Stage:
-    return dataclasses.replace(one, **FEWER, tokens=tokens, lr=RATES[one.loss])
+    adapters = one.lora and dataclasses.replace(ADAPTERS, on=one.lora.on)
+    return dataclasses.replace(one, **FEWER, tokens=tokens, lr=RATES[one.loss], lora=adapters)
 
 
 def measured(name: str, row: dict, figures, model: lm.LM, times: list[float]) -> dict[str, Any]:
@@ -214,8 +270,7 @@ def measured(name: str, row: dict, figures, model: lm.LM, times: list[float]) ->
 
 def summary(row: dict[str, Any]) -> str:
     recalled = (f"{row[f'recall {n}']:.0%} over {n}" for n in recall.DISTANCES)
-    share = f"{row['recovered']:.1%} of the teacher's perplexity"
-    return f"perplexity {row['perplexity']:.3f}, {share}, recall {', '.join(recalled)}"
+    return f"perplexity {row['perplexity']:.3f}, recall {', '.join(recalled)}"
 
 
 def recovered(rows: list[dict]) -> list[record.Claim]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqlab.bench import machine, models
 from seqlab.bench.ceilings import COPY, Ceilings
@@ -18,10 +19,12 @@ from seqlab.infer import decode as programs
 from seqlab.infer.decode import Carry
 from seqlab.infer.sample import GREEDY, row_keys
 from seqlab.infer.session import Session
+from seqlab.layers.mixer import State
 from seqlab.models import lm
 from seqlab.models.parameters import parameters
 
 STEPS = 8  # of decoding in a lap
+_POSITION = jax.tree_util.GetAttrKey("position")  # of what keeps tokens, in its state
 
 
 class Reader(NamedTuple):
@@ -49,8 +52,7 @@ def prompt(config: lm.Config, size: Size) -> Reader:
 
 
 def steps(config: lm.Config, size: Size) -> Reader:
-    """STEPS tokens for B rows with states that have room for T tokens. A state that keeps tokens is
-    read whole, however many it holds, so a step takes as long as with all of them."""
+    """The last STEPS of T tokens for B rows."""
     skeleton = config.skeleton()
     structure, params = jax.tree.structure(skeleton), parameters(skeleton)
     state, row = _state(skeleton, size.B), jnp.zeros(size.B, jnp.int32)
@@ -58,6 +60,8 @@ def steps(config: lm.Config, size: Size) -> Reader:
     ids = jnp.zeros(0, jnp.int32)
     rest = (row, row + STEPS, row, row_keys(0, size.B), ids, GREEDY.numbers)
     arguments = structure, params, carry, *rest
+    if size.T < STEPS:
+        raise ModelError(f"A context of {size.T} is too short: {STEPS} steps are timed; raise T.")
     program = programs.decode.lower(*arguments, top_k=None, block=STEPS).compile()
     machine.require(program, size_of(params) + size_of(carry))
     model = models.built(config)
@@ -65,9 +69,9 @@ def steps(config: lm.Config, size: Size) -> Reader:
     held = [Carry(state, _logits(size, config))]
 
     def work() -> object:
-        held[0], done = program(params, held[0], *rest)
-        if int(done.counts.min()) < STEPS:  # past its room a model says NaN, and stops
-            raise ModelError(f"A context of {size.T} is too short: raise T, or lower --rounds.")
+        state, logits = held.pop()
+        carry, done = program(params, Carry(_after(state, size.T - STEPS), logits), *rest)
+        held.append(carry)
         return done
 
     passes = 1 if skeleton.max_length else 2  # keys and values are read; a memory is written too
@@ -120,6 +124,16 @@ def _against(laps: dict[str, Laps], name: str) -> Row:
     if SOFTMAX not in laps:
         return {}
     return figure("against softmax", ratio(laps[SOFTMAX].seconds, laps[name].seconds))
+
+
+def _after(state: State, tokens: int) -> State:
+    """The state where it stands after so many tokens. A step takes as long whatever it keeps of
+    them, but only what is there is read."""
+
+    def placed(path, leaf):
+        return np.full_like(leaf, tokens) if path[-1] == _POSITION else leaf
+
+    return jax.tree.map_with_path(placed, state)
 
 
 def _logits(size: Size, config: lm.Config) -> jax.Array:
