@@ -11,7 +11,7 @@ PYTEST ?= -n auto --maxprocesses 4 --dist loadfile
 help:
 	@echo "make demo   train a small hybrid model on Python's own library, then generate from it"
 	@echo "make linearize-demo"
-	@echo "            train a small transformer, then linearize it in every way; 25 minutes"
+	@echo "            train a small transformer, then linearize it in every way; 20 minutes"
 	@echo "make tasks  compare every mixer on associative recall; twenty minutes on two cores"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"

@@ -70,7 +70,7 @@ def steps(config: lm.Config, size: Size) -> Reader:
 
     def work() -> object:
         state, logits = held.pop()
-        carry, done = program(params, Carry(_after(state, size.T - STEPS), logits), *rest)
+        carry, done = program(params, Carry(after(state, size.T - STEPS), logits), *rest)
         held.append(carry)
         return done
 
@@ -126,7 +126,7 @@ def _against(laps: dict[str, Laps], name: str) -> Row:
     return figure("against softmax", ratio(laps[SOFTMAX].seconds, laps[name].seconds))
 
 
-def _after(state: State, tokens: int) -> State:
+def after(state: State, tokens: int) -> State:
     """The state where it stands after so many tokens. A step takes as long whatever it keeps of
     them, but only what is there is read."""
 
