@@ -72,6 +72,8 @@ def steps(config: lm.Config, size: Size) -> Reader:
         state, logits = held.pop()
         carry, done = program(params, Carry(after(state, size.T - STEPS), logits), *rest)
         held.append(carry)
+        if int(done.counts.min()) < STEPS:  # where logits are not numbers, a row ends
+            raise ModelError(f"After {size.T} tokens the model's logits are not numbers.")
         return done
 
     passes = 1 if skeleton.max_length else 2  # keys and values are read; a memory is written too
