@@ -9,8 +9,8 @@ The teacher is a transformer over bytes, behind one short convolution: with it, 
 out sooner. It learns that from short pieces of text said over and over, then from lines of a table
 with little between them, then far from one another; then it reads the standard library's sources,
 and in a tenth of its rows such lines. It is trained once and stays in runs/linearize_demo/teacher;
-students are made anew, side by side with a core each. A demo, not a test: what its claims come to is
-printed, and it exits with 0.
+students are made anew, side by side with a core each. A demo, not a test: what its claims come to
+is printed, and it exits with 0.
 """
 
 import argparse

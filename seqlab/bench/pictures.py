@@ -43,7 +43,7 @@ def kernels(folder: pathlib.Path, name: str, rows: Sequence[Row]) -> None:
             at, marks = _at(axes, map(named, of), aside), {"marker": "|", "s": 50, "zorder": 2}
             axes.scatter([_least(row) for row in of], at, color=colour, alpha=0.7, **marks)
         axes.scatter([], [], color=theme.muted, label="least, by copy and product", **marks)
-        legend(axes, theme)
+        legend(axes, theme, "above")
         write(folder, name, theme, figure)
 
 

@@ -218,10 +218,15 @@ def _median(axes: Axes, theme: Theme, train: Curve) -> None:
     axes.text(0.99, 0.05, label, color=theme.ink, fontsize=9, **corner)
 
 
-def legend(axes: Axes, theme: Theme, place: Literal["best", "upper right"] = "best") -> None:
-    """Names of lines, in a box through which they shine."""
+def legend(
+    axes: Axes, theme: Theme, place: Literal["best", "upper right", "above"] = "best"
+) -> None:
+    """Names of lines, in a box through which they shine, or in a row above the chart."""
     look = {"facecolor": theme.paper, "framealpha": 0.8, "edgecolor": "none"}
-    axes.legend(loc=place, fontsize=9, handlelength=1.6, labelcolor=theme.ink, **look)
+    if place == "above":
+        look |= {"bbox_to_anchor": (1, 1), "ncols": 3}
+    where = "lower right" if place == "above" else place
+    axes.legend(loc=where, fontsize=9, handlelength=1.6, labelcolor=theme.ink, **look)
 
 
 def canvas(
