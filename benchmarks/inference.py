@@ -4,7 +4,7 @@
 
 Six layers of width 512, one row, a prompt of 2,048 tokens, float32 on the CPU, in turns. Raced are
 those that transformers reads faster than token by token, and decodes without packages of kernels.
-Attention has room for what is read and written here; a step reads all of it, filled or not.
+Attention has room for what is read and written here; a step reads all of it once half is filled.
 """
 
 import sys

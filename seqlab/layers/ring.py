@@ -112,7 +112,7 @@ class Ring(NamedTuple):
         fixed, ring = self._parts
         turn = fixed + (position - fixed) % max(ring, 1)
         slot = jnp.where(position < fixed, position, turn) if ring else position
-        put = lambda old, new: _put(old, _in_slots(new).astype(old.dtype), slot, reset)
+        put = lambda old, new: _written(old, _in_slots(new).astype(old.dtype), slot, reset)
         return jax.tree.map(put, old, new)
 
     def before(self, old: Any, start: jax.Array, few: int | None = None) -> Any:
@@ -152,7 +152,7 @@ class Ring(NamedTuple):
 
 
 @jax.custom_jvp
-def _put(old: jax.Array, new: jax.Array, slot: jax.Array, reset: jax.Array) -> jax.Array:
+def _written(old: jax.Array, new: jax.Array, slot: jax.Array, reset: jax.Array) -> jax.Array:
     """old [B, ..., slots, K], 0 where `reset` [B] says so, with new [B, ..., 1, K] in slot [B], or
     in the last one if there is no such slot: then the document is too long, and none of it is read.
 
@@ -167,12 +167,12 @@ def _put(old: jax.Array, new: jax.Array, slot: jax.Array, reset: jax.Array) -> j
     return lax.fori_loop(0, (slot[0] < old.shape[-2]).astype(int), put, old)
 
 
-@_put.defjvp
-def _put_jvp(primals, tangents):
+@_written.defjvp
+def _written_jvp(primals, tangents):
     old, _, slot, reset = primals
     here = _beside(jnp.arange(old.shape[-2]) == slot[:, None], old)
     d_old = jnp.where(_beside(reset[:, None], old), 0, tangents[0])
-    return _put(*primals), jnp.where(here, tangents[1], d_old)
+    return _written(*primals), jnp.where(here, tangents[1], d_old)
 
 
 def _beside(numbers: jax.Array, a: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from seqlab.kernels.attention.visible import EMPTY, MASKED, visible
 from seqlab.kernels.soft_cap import soft_cap
 
-SPAN = 256
+SPAN = 256  # keys that are read at a time, where there are more
 
 
 class Look(NamedTuple):
